@@ -1,0 +1,42 @@
+"""One K/V cache for Keras and PyTorch models: the framework-free core.
+
+Decides what is where: layout, positions, prefix sharing and LRU block eviction, in numpy alone. The adapters
+``kvcache_torch`` and ``kvcache_keras`` keep the bytes in native tensors.
+"""
+
+from kvcache_core.cache import BlockCache
+from kvcache_core.errors import (
+    BlockError,
+    CacheFull,
+    InvalidInput,
+    InvalidType,
+    KVCacheError,
+    SequenceClosed,
+    StepError,
+    UsageError,
+)
+from kvcache_core.layout import ArraySpec, BlockLayout, LayerSpec
+from kvcache_core.plan import GroupPlan, StepPlan
+from kvcache_core.sequence import Sequence
+from kvcache_core.stats import CacheStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArraySpec",
+    "BlockCache",
+    "BlockError",
+    "BlockLayout",
+    "CacheFull",
+    "CacheStats",
+    "GroupPlan",
+    "InvalidInput",
+    "InvalidType",
+    "KVCacheError",
+    "LayerSpec",
+    "Sequence",
+    "SequenceClosed",
+    "StepError",
+    "StepPlan",
+    "UsageError",
+]

@@ -1,0 +1,404 @@
+"""The block cache: opens, steps, forks, truncates and closes sequences over one pool of blocks."""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections import Counter
+from collections.abc import Mapping
+from collections.abc import Sequence as _Sequence
+
+import numpy as np
+
+from kvcache_core.errors import CacheFull, InvalidInput, InvalidType, SequenceClosed, StepError
+from kvcache_core.layout import BlockLayout
+from kvcache_core.match import LayerGroup, match_prefix
+from kvcache_core.plan import Reservation, StepPlan, make_plan
+from kvcache_core.pool import BlockPool, PoolResize
+from kvcache_core.prefix import PrefixIndex
+from kvcache_core.sequence import Sequence
+from kvcache_core.stats import CacheStats
+from kvcache_core.transaction import Transactions
+from kvcache_core.types import SeqId, TokenIds
+
+__all__ = ["BlockCache", "token_array"]
+
+_MAX_TOKEN = 2**31 - 1
+
+
+class BlockCache:
+    """Bookkeeping of a K/V cache: which block holds which tokens. Holds no tensors; thread-safe.
+
+    A step is a transaction: :meth:`plan` reserves blocks and says where everything lies, the caller
+    computes and writes the new tokens, :meth:`commit` makes them part of their sequences and findable.
+    :meth:`rollback` gives everything back instead.
+
+    Invariants (:meth:`check_valid` asserts them):
+        - what :class:`BlockPool` and :class:`PrefixIndex` promise, in every layer group.
+        - a block's references equal the number of block tables that hold it.
+        - a sequence has exactly the nodes its length needs, and their tokens are its tokens.
+        - every block of an open sequence that holds tokens is attached to the sequence's node.
+
+    Args:
+        num_blocks: capacity in blocks (of each layer group).
+        block_size: tokens per block; a layout's own block size wins.
+        layout: what a token stores in which layer; optional. Without it there is one layer group with
+            full causal attention.
+        namespace: bytes that stand for the weights and whatever else makes results incompatible; nothing
+            is ever found across namespaces.
+
+    Example:
+        >>> core = BlockCache(num_blocks=64, block_size=4)
+        >>> first = core.open([1, 2, 3, 4, 5, 6])
+        >>> core.commit(core.plan([first], [[1, 2, 3, 4, 5, 6]]))
+        >>> second = core.open([1, 2, 3, 4, 5, 9])
+        >>> second.num_cached
+        5
+        >>> plan = core.plan([second], [[9]])
+        >>> plan.positions.tolist(), plan.copies.tolist()
+        ([[5]], [[2, 3]])
+        >>> core.commit(plan)
+    """
+
+    def __init__(
+        self,
+        num_blocks: int = 4096,
+        block_size: int = 16,
+        *,
+        layout: BlockLayout | None = None,
+        namespace: bytes = b"",
+    ) -> None:
+        if layout is not None:
+            block_size = layout.block_size
+        if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+            raise InvalidInput(f"block_size must be a whole number of tokens, at least 1; got {block_size!r}")
+        kinds = (("attention", None),) if layout is None else layout.groups
+        self.layout = layout
+        self.block_size = block_size
+        self.namespace = namespace
+        self.groups = tuple(LayerGroup(kind, window, BlockPool(num_blocks)) for kind, window in kinds)
+        self._index = PrefixIndex(block_size, [num_blocks] * len(kinds))
+        self._moves = Transactions(self._index, self.groups)
+        self._lock = threading.RLock()
+        self._open: dict[SeqId, Sequence] = {}
+        self._next_id = 0
+        self._hit_tokens = 0
+        self._miss_tokens = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Capacity in blocks of each layer group."""
+        return self.groups[0].pool.num_blocks
+
+    def open(
+        self,
+        token_ids: TokenIds,
+        salt: bytes = b"",
+        *,
+        extra_keys: Mapping[int, bytes] | None = None,
+        max_new_tokens: int = 0,
+        outputs: bool = False,
+    ) -> Sequence:
+        """Start a sequence with whatever head of ``token_ids`` the cache holds.
+
+        The sequence then has ``num_cached`` tokens; plan the rest, ``token_ids[seq.num_cached:]``. The last
+        token is never taken from the cache, so that there is always one to compute.
+
+        Args:
+            token_ids: the prompt, one or more integers 0 .. 2**31 - 1.
+            salt: only sequences with equal salt share blocks.
+            extra_keys: {position: bytes}: what besides the token id shapes the state at a position, for
+                example the digest of an image.
+            max_new_tokens: reserve room for this many further tokens, adjacent where possible, if there is.
+            outputs: whether the model's stored outputs belong to the sequence: then only a head whose outputs
+                are stored too is matched, and the sequence's steps store theirs.
+
+        Raises:
+            InvalidInput: an empty prompt, or ids that are no integers in range.
+        """
+        tokens = token_array(token_ids, "a prompt")
+        extras = _checked_extras(extra_keys)
+        with self._lock:
+            root = self._index.open_root(self.namespace, salt)
+            groups = self.groups if outputs else [group for group in self.groups if group.kind != "output"]
+            seq = Sequence(self, self._new_id(), root, len(groups))
+            root_key = self._index.key(root) or b""
+            seq.extra_keys = extras
+            seq.prompt = tokens
+            seq.prompt_keys = self._index.keys(root_key, tokens.tobytes(), 0, extras)
+            seq.max_length = len(tokens) + max_new_tokens if max_new_tokens else 0
+            match = match_prefix(self._index, groups, root, tokens, seq.prompt_keys, extras)
+            for group, table in zip(groups, match.tables, strict=True):
+                group.pool.retain(table)
+            seq.nodes, seq.tables, seq.dropped = match.nodes, match.tables, match.dropped
+            seq.length = seq.num_cached = match.num_tokens
+            self._index.pin(seq.tip)
+            self._open[seq.id] = seq
+            self._hit_tokens += match.num_tokens
+            self._miss_tokens += len(tokens) - match.num_tokens
+            return seq
+
+    def plan(self, seqs: _Sequence[Sequence], token_ids: _Sequence[TokenIds]) -> StepPlan:
+        """Reserve a step: row b appends ``token_ids[b]`` (one or more tokens) to ``seqs[b]``.
+
+        Raises:
+            CacheFull: not enough blocks; nothing was changed.
+            InvalidInput: no rows, a row without tokens, or a sequence that stands in the batch twice.
+            SequenceClosed, StepError: a sequence is closed, or already in a step.
+        """
+        tokens = [token_array(ids, f"row {row}") for row, ids in enumerate(token_ids)]
+        if not seqs or len(seqs) != len(tokens):
+            raise InvalidInput(
+                f"a step needs one list of new tokens per sequence, at least one; got {len(seqs)} sequences "
+                f"and {len(tokens)} lists"
+            )
+        if len({id(seq) for seq in seqs}) != len(seqs):
+            raise InvalidInput("a sequence stands in the step twice; fork it to continue it in two ways")
+        with self._lock:
+            for seq in seqs:
+                self._check_mine(seq)
+                seq.check_usable("step")
+            used = len(seqs[0].tables)
+            if any(len(seq.tables) != used for seq in seqs):
+                raise InvalidInput("a step cannot mix sequences opened with outputs and without")
+            rows = self._moves.reserve(list(zip(seqs, tokens, strict=True)))
+            return make_plan(rows, [group.window for group in self.groups[:used]], self.block_size)
+
+    def commit(self, plan: StepPlan) -> None:
+        """The step's arrays are written: append its tokens, publish full blocks, drop what windows passed.
+
+        Raises:
+            StepError: the plan was committed or rolled back before.
+        """
+        with self._lock:
+            for row in self._finish(plan, "commit"):
+                self._moves.commit(row)
+
+    def rollback(self, plan: StepPlan) -> None:
+        """Undo :meth:`plan`: every sequence is as it was, every reserved block is back.
+
+        Raises:
+            StepError: the plan was committed or rolled back before.
+        """
+        with self._lock:
+            for row in reversed(self._finish(plan, "roll back")):
+                self._moves.rollback(row)
+
+    def fork(self, seq: Sequence) -> Sequence:
+        """A second sequence with the same past. No block is copied until one of the two writes into it."""
+        with self._lock:
+            self._check_mine(seq)
+            seq.check_usable("fork")
+            child = Sequence(self, self._new_id(), seq.root, len(seq.tables))
+            child.length, child.num_cached = seq.length, seq.num_cached
+            child.extra_keys, child.max_length = seq.extra_keys, seq.max_length
+            child.prompt, child.prompt_keys = seq.prompt, seq.prompt_keys
+            child.nodes = list(seq.nodes)
+            child.dropped = list(seq.dropped)
+            child.tables = [table[: len(seq.nodes)] for table in seq.tables]
+            for group, table in zip(self.groups, child.tables, strict=False):
+                group.pool.retain(table)
+            self._index.pin(child.root)
+            self._index.pin(child.tip)
+            self._open[child.id] = child
+            return child
+
+    def truncate(self, seq: Sequence, length: int) -> None:
+        """Forget every token of ``seq`` from position ``length`` on.
+
+        Raises:
+            InvalidInput: ``length`` is not in 0 .. seq.length, or a sliding-window layer has dropped tokens
+                that would be visible again and they are no longer cached; nothing was changed.
+        """
+        with self._lock:
+            self._check_mine(seq)
+            seq.check_usable("truncate")
+            if not 0 <= length <= seq.length:
+                raise InvalidInput(f"length must be 0 .. {seq.length} to truncate {seq!r}, got {length}")
+            if length == seq.length:
+                return
+            if not self._moves.regain_window(seq, length):
+                raise InvalidInput(
+                    f"cannot truncate {seq!r} to {length} tokens: a sliding-window layer has dropped tokens it "
+                    "would need again, and they are evicted; open the sequence anew from its tokens"
+                )
+            old_tip = seq.tip
+            self._moves.release_from(seq, -(-length // self.block_size))
+            seq.length = length
+            seq.num_cached = min(seq.num_cached, length)
+            self._index.pin(seq.tip)
+            self._index.unpin(old_tip)
+
+    def close(self, seq: Sequence) -> None:
+        """Give the sequence's blocks back; their content stays findable until it is evicted.
+
+        Raises:
+            SequenceClosed: it is closed already.
+            StepError: it is in a step.
+        """
+        with self._lock:
+            self._check_mine(seq)
+            seq.check_usable("close")
+            tip = seq.tip
+            self._moves.release_from(seq, 0)
+            self._index.unpin(tip)
+            self._index.unpin(seq.root)
+            seq.closed = True
+            del self._open[seq.id]
+
+    def resize(self, num_blocks: int) -> list[PoolResize]:
+        """Change the capacity while sequences are open; shrinking evicts, nothing in use is lost.
+
+        Returns:
+            Per layer group, the evicted blocks and the moves {old id: new id} that a store has to follow.
+
+        Raises:
+            CacheFull: more blocks are live than ``num_blocks``; nothing was changed.
+            StepError: a step is under way.
+        """
+        with self._lock:
+            if any(seq.in_step for seq in self._open.values()):
+                raise StepError("cannot resize during a step: commit it or roll it back first")
+            live = max(group.pool.num_live for group in self.groups)
+            if isinstance(num_blocks, int) and 0 < num_blocks < live:
+                raise CacheFull(
+                    f"cannot shrink to {num_blocks} blocks: {live} of {self.num_blocks} are held by open "
+                    "sequences; close some first",
+                    needed=live,
+                    available=num_blocks,
+                    capacity=self.num_blocks,
+                )
+            results = []
+            for number, group in enumerate(self.groups):
+                result = group.pool.resize(num_blocks)
+                for block in result.evicted:
+                    self._index.detach(number, block)
+                self._moves.evicted_blocks += len(result.evicted)
+                self._index.move_block(number, result.moves, num_blocks)
+                for seq in self._open.values():
+                    if number >= len(seq.tables):
+                        continue
+                    seq.tables[number] = [result.moves.get(block, block) for block in seq.tables[number]]
+                results.append(result)
+            return results
+
+    def clear(self) -> None:
+        """Drop everything that is cached and not held by an open sequence."""
+        with self._lock:
+            for number, group in enumerate(self.groups):
+                for block in group.pool.drop_cached():
+                    self._index.detach(number, block)
+
+    def stats(self) -> CacheStats:
+        """Counters since the cache was made, and what it holds now."""
+        with self._lock:
+            pools = [group.pool for group in self.groups]
+            return CacheStats(
+                hit_tokens=self._hit_tokens,
+                miss_tokens=self._miss_tokens,
+                evicted_blocks=self._moves.evicted_blocks,
+                live_blocks=sum(pool.num_live for pool in pools),
+                cached_blocks=sum(pool.num_cached for pool in pools),
+                free_blocks=sum(pool.num_free for pool in pools),
+                num_blocks=sum(pool.num_blocks for pool in pools),
+                block_size=self.block_size,
+                open_sequences=len(self._open),
+                bytes_per_block=self.layout.bytes_per_block if self.layout else 0,
+            )
+
+    def tokens_of(self, seq: Sequence) -> list[int]:
+        """All token ids of a sequence, from its nodes."""
+        with self._lock:
+            self._check_mine(seq)
+            if seq.closed:
+                raise SequenceClosed(f"sequence {seq.id} is closed: its tokens are no longer kept")
+            tokens: list[int] = []
+            for node in seq.nodes:
+                tokens += self._index.tokens(node)
+            return tokens[: seq.length]
+
+    def check_valid(self) -> None:
+        """Assert every invariant; expensive, for tests."""
+        with self._lock:
+            tips: Counter[int] = Counter()
+            for seq in self._open.values():
+                tips.update((seq.root, seq.tip))
+                assert len(seq.nodes) == -(-seq.length // self.block_size)
+                assert seq.length == 0 or self._index.fill(seq.nodes[-1]) >= (seq.length - 1) % self.block_size + 1
+            self._index.check_valid(tips)
+            for number, group in enumerate(self.groups):
+                group.pool.check_valid()
+                held: Counter[int] = Counter()
+                for seq in self._open.values():
+                    if number >= len(seq.tables):
+                        continue
+                    table = seq.tables[number]
+                    held.update(block for block in table if block)
+                    if not seq.in_step:
+                        pairs = zip(seq.nodes, table, strict=False)
+                        assert all(not block or self._index.block(number, node) == block for node, block in pairs)
+                        assert seq.in_step or len(table) >= len(seq.nodes)
+                    assert all(not block for block in table[: seq.dropped[number]])
+                if not any(seq.in_step for seq in self._open.values()):
+                    for block in range(1, group.pool.num_blocks + 1):
+                        assert group.pool.refs(block) == held[block]
+
+    def _finish(self, plan: StepPlan, verb: str) -> list[Reservation]:
+        if not plan.reservations:
+            raise StepError(f"cannot {verb} this plan: it was committed or rolled back before")
+        self._check_mine(plan.seqs[0])
+        rows = list(plan.reservations)
+        plan.reservations.clear()
+        return rows
+
+    def _check_mine(self, seq: Sequence) -> None:
+        if seq._cache is not self:
+            raise InvalidInput(f"{seq!r} belongs to another cache")
+
+    def _new_id(self) -> SeqId:
+        self._next_id += 1
+        return SeqId(self._next_id)
+
+
+def token_array(token_ids: TokenIds, what: str) -> array[int]:
+    """Check token ids and return them as an int32 array.
+
+    Raises:
+        InvalidType: not integers.
+        InvalidInput: empty, not one-dimensional, negative or above 2**31 - 1.
+    """
+    if isinstance(token_ids, (list, tuple)):
+        try:
+            tokens = array("i", token_ids)
+        except TypeError:
+            raise InvalidType(f"{what} must be integers, got {_sample(token_ids)}") from None
+        except OverflowError:
+            raise InvalidInput(f"{what} has a token id outside 0 .. {_MAX_TOKEN}") from None
+    else:
+        values = np.asarray(token_ids)
+        if values.ndim != 1:
+            raise InvalidInput(f"{what} must have one dimension, got shape {values.shape}")
+        if values.size and values.dtype.kind not in "iu":
+            raise InvalidType(f"{what} must be integers, got dtype {values.dtype}")
+        if values.size and int(values.max()) > _MAX_TOKEN:
+            raise InvalidInput(f"{what} has a token id outside 0 .. {_MAX_TOKEN}: {values.max()}")
+        tokens = array("i", values.astype(np.int32).tobytes())
+    if not tokens:
+        raise InvalidInput(f"{what} needs at least one token, got none")
+    if min(tokens) < 0:
+        raise InvalidInput(f"{what} has a token id outside 0 .. {_MAX_TOKEN}: {min(tokens)}")
+    return tokens
+
+
+def _sample(values: object) -> str:
+    text = repr(values)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _checked_extras(extra_keys: Mapping[int, bytes] | None) -> Mapping[int, bytes]:
+    if not extra_keys:
+        return {}
+    for position, value in extra_keys.items():
+        if not isinstance(position, int) or position < 0 or not isinstance(value, bytes):
+            raise InvalidInput(f"extra_keys must map positions >= 0 to bytes, got {position!r}: {value!r}")
+    return dict(extra_keys)

@@ -1,0 +1,61 @@
+"""Every error the library raises, in one tree.
+
+A message says the rule, what was needed, what is there and what to do next.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BlockError",
+    "CacheFull",
+    "InvalidInput",
+    "InvalidType",
+    "KVCacheError",
+    "SequenceClosed",
+    "StepError",
+    "UsageError",
+]
+
+
+class KVCacheError(Exception):
+    """Base of every error of this library."""
+
+
+class CacheFull(KVCacheError):
+    """The pool has no room for a step. Raised before anything was changed.
+
+    Attributes:
+        needed: blocks the step needs.
+        available: blocks that are free or can be evicted.
+        capacity: blocks in the pool.
+    """
+
+    def __init__(self, message: str, *, needed: int, available: int, capacity: int) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.available = available
+        self.capacity = capacity
+
+
+class InvalidInput(KVCacheError, ValueError):
+    """A value the caller passed in breaks a rule; nothing was changed."""
+
+
+class InvalidType(InvalidInput, TypeError):
+    """A value has the wrong type or dtype; nothing was changed."""
+
+
+class BlockError(KVCacheError, ValueError):
+    """A block id is unknown, was released twice, or is used after it was freed."""
+
+
+class SequenceClosed(KVCacheError, RuntimeError):
+    """A closed sequence was stepped, forked, truncated or closed again."""
+
+
+class StepError(KVCacheError, RuntimeError):
+    """A step was used out of order: committed twice, or a sequence was put into two steps."""
+
+
+class UsageError(KVCacheError, RuntimeError):
+    """A cache was used in a way it cannot serve: unattached, nested, or attached twice."""

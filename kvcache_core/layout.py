@@ -1,0 +1,173 @@
+"""What one token leaves behind in each layer, and how many bytes that is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvcache_core.errors import InvalidInput, InvalidType
+
+__all__ = ["DTYPE_BYTES", "ArraySpec", "BlockLayout", "LayerSpec"]
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes per element of each stored dtype."""
+
+_KINDS = ("attention", "output")
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """One named array of a layer; a token's entry has shape [heads, size].
+
+    Args:
+        name: the array's name, for example ``"k"`` or ``"v"``.
+        heads: H, heads stored per token.
+        size: D, elements per head.
+        dtype: element type, or None for the layout's.
+    """
+
+    name: str
+    heads: int
+    size: int
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.size < 1:
+            raise InvalidInput(
+                f"array {self.name!r} needs heads >= 1 and size >= 1, got heads={self.heads}, size={self.size}"
+            )
+        if self.dtype is not None:
+            _check_dtype(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What one layer stores per token.
+
+    Args:
+        arrays: the named arrays. K and V may differ in head size; a latent-attention layer has one array.
+        window: None for full causal attention; w for a sliding window: a token sees itself and the w - 1
+            tokens before it.
+        kind: ``"attention"``, or ``"output"`` for the stored result of the whole model. Cross-attention,
+            chunked and fixed-size state layers will be further kinds.
+
+    Example:
+        >>> LayerSpec.attention(heads=3, head_size=64).elements_per_token
+        384
+        >>> LayerSpec.latent(size=576).elements_per_token
+        576
+    """
+
+    arrays: tuple[ArraySpec, ...]
+    window: int | None = None
+    kind: str = "attention"
+
+    def __post_init__(self) -> None:
+        names = [array.name for array in self.arrays]
+        if not names or len(set(names)) != len(names):
+            raise InvalidInput(f"a layer needs one or more arrays with different names, got {names}")
+        if self.window is not None and self.window < 1:
+            raise InvalidInput(f"window must be at least 1 token, got {self.window}; use None for full attention")
+        if self.kind not in _KINDS:
+            raise InvalidInput(f"layer kind must be one of {_KINDS}, got {self.kind!r}")
+
+    @classmethod
+    def attention(
+        cls, heads: int, head_size: int, v_head_size: int | None = None, *, window: int | None = None
+    ) -> LayerSpec:
+        """K and V of one attention layer; ``heads`` counts the K/V heads, unrepeated."""
+        value = ArraySpec("v", heads, head_size if v_head_size is None else v_head_size)
+        return cls((ArraySpec("k", heads, head_size), value), window=window)
+
+    @classmethod
+    def latent(cls, size: int, *, window: int | None = None) -> LayerSpec:
+        """The single compressed array of a latent-attention layer."""
+        return cls((ArraySpec("latent", 1, size),), window=window)
+
+    @classmethod
+    def output(cls, size: int, dtype: str | None = None) -> LayerSpec:
+        """The model's own result per token, kept so that a cached prefix can be answered whole."""
+        return cls((ArraySpec("output", 1, size, dtype),), kind="output")
+
+    @property
+    def elements_per_token(self) -> int:
+        """Elements stored per token, all arrays."""
+        return sum(array.heads * array.size for array in self.arrays)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLayout:
+    """The shape of a block: every layer's arrays for ``block_size`` tokens.
+
+    Args:
+        layers: one spec per layer, in order.
+        block_size: tokens per block.
+        dtype: stored element type: float64, float32, float16 or bfloat16.
+
+    Raises:
+        InvalidInput: no layers, or a block size below 1.
+        InvalidType: an unknown dtype.
+
+    Example:
+        >>> layout = BlockLayout([LayerSpec.attention(3, 64)] * 30, block_size=16)
+        >>> layout.bytes_per_token, layout.bytes_per_block
+        (46080, 737280)
+    """
+
+    layers: tuple[LayerSpec, ...]
+    block_size: int = 16
+    dtype: str = "float32"
+    groups: tuple[tuple[str, int | None], ...] = field(init=False, compare=False)
+    """(kind, window) of each layer group: layers with equal kind and window share one block table. Attention
+    comes before stored outputs, full attention before windows."""
+
+    def __init__(self, layers: Sequence[LayerSpec], block_size: int = 16, dtype: str = "float32") -> None:
+        if not layers:
+            raise InvalidInput("a layout needs at least one layer, got none")
+        if block_size < 1:
+            raise InvalidInput(f"block_size must be at least 1 token, got {block_size}")
+        _check_dtype(dtype)
+        object.__setattr__(self, "layers", tuple(layers))
+        object.__setattr__(self, "block_size", block_size)
+        object.__setattr__(self, "dtype", dtype)
+        distinct = {(layer.kind, layer.window) for layer in layers}
+        ordered = sorted(distinct, key=lambda group: (group[0], group[1] is not None, group[1] or 0))
+        object.__setattr__(self, "groups", tuple(ordered))
+
+    def group_of(self, layer: int) -> int:
+        """Index in :attr:`groups` of the layer's group."""
+        spec = self.layers[layer]
+        return self.groups.index((spec.kind, spec.window))
+
+    def array_dtype(self, array: ArraySpec) -> str:
+        """The dtype that ``array`` is stored in."""
+        return array.dtype or self.dtype
+
+    def layer_bytes_per_token(self, layer: int) -> int:
+        """Bytes one token takes in one layer."""
+        return sum(a.heads * a.size * DTYPE_BYTES[self.array_dtype(a)] for a in self.layers[layer].arrays)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes one token takes, all layers."""
+        return sum(self.layer_bytes_per_token(index) for index in range(len(self.layers)))
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes one block takes, all layers."""
+        return self.bytes_per_token * self.block_size
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes that differ for layouts whose blocks must not be mixed."""
+        parts = [f"kvcache-layout-1;{self.block_size};{self.dtype}"]
+        for layer in self.layers:
+            arrays = ",".join(f"{a.name!r}:{a.heads}x{a.size}:{self.array_dtype(a)}" for a in layer.arrays)
+            parts.append(f"{layer.kind};{layer.window};{arrays}")
+        return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).digest()
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPE_BYTES:
+        raise InvalidType(f"dtype must be one of {sorted(DTYPE_BYTES)}, got {dtype!r}")

@@ -1,0 +1,98 @@
+"""One sequence: its tokens, positions and block tables."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from kvcache_core.errors import SequenceClosed, StepError
+from kvcache_core.types import SeqId
+
+if TYPE_CHECKING:
+    from kvcache_core.cache import BlockCache
+
+__all__ = ["Sequence"]
+
+
+class Sequence:
+    """A run of tokens with its place in the cache. Made by :meth:`BlockCache.open` and :meth:`fork`.
+
+    Attributes:
+        length: tokens held so far; the next token's position.
+        num_cached: leading tokens that were found when the sequence was opened: they need no compute.
+        closed: whether the sequence was closed.
+    """
+
+    __slots__ = (
+        "_cache",
+        "closed",
+        "dropped",
+        "extra_keys",
+        "id",
+        "in_step",
+        "length",
+        "max_length",
+        "nodes",
+        "num_cached",
+        "prompt",
+        "prompt_keys",
+        "root",
+        "tables",
+    )
+
+    def __init__(self, cache: BlockCache, seq_id: SeqId, root: int, num_groups: int) -> None:
+        self._cache = cache
+        self.id = seq_id
+        self.root = root
+        self.length = 0
+        self.num_cached = 0
+        self.closed = False
+        self.in_step = False
+        self.max_length = 0
+        """Blocks are reserved up to this length when there is room."""
+        self.nodes: list[int] = []
+        """Nodes of the prefix index, one per block that holds tokens."""
+        self.tables: list[list[int]] = [[] for _ in range(num_groups)]
+        """Per layer group: block ids; may reach beyond ``nodes`` (reserved ahead)."""
+        self.dropped: list[int] = [0] * num_groups
+        """Per layer group: leading blocks that a window has dropped (null in the table)."""
+        self.extra_keys: Mapping[int, bytes] = {}
+        self.prompt = array("i")
+        self.prompt_keys: list[bytes] = []
+
+    @property
+    def tip(self) -> int:
+        """The node that the next token is written in or behind."""
+        return self.nodes[-1] if self.nodes else self.root
+
+    @property
+    def tokens(self) -> list[int]:
+        """All token ids held so far."""
+        return self._cache.tokens_of(self)
+
+    def fork(self) -> Sequence:
+        """A second sequence with the same past; blocks are shared, and copied only when written."""
+        return self._cache.fork(self)
+
+    def truncate(self, length: int) -> None:
+        """Forget every token from position ``length`` on, for example rejected speculative tokens."""
+        self._cache.truncate(self, length)
+
+    def close(self) -> None:
+        """Give the blocks back; what they hold stays findable until it is evicted."""
+        self._cache.close(self)
+
+    def check_usable(self, verb: str) -> None:
+        """Raise unless the sequence is open and in no step."""
+        if self.closed:
+            raise SequenceClosed(f"cannot {verb} sequence {self.id}: it is closed; open a new one")
+        if self.in_step:
+            raise StepError(f"cannot {verb} sequence {self.id}: it is in a step; commit or roll back first")
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"length={self.length}, num_cached={self.num_cached}"
+        return f"<Sequence {self.id} {state}>"

@@ -1,0 +1,63 @@
+"""Counters of a cache, as one immutable value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+
+__all__ = ["CacheStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """What a cache holds and has done. Read as attributes or by name: ``stats.hit_tokens``, ``stats["hit_tokens"]``.
+
+    Attributes:
+        hit_tokens: prompt tokens found when sequences were opened.
+        miss_tokens: prompt tokens that had to be computed.
+        evicted_blocks: cached blocks whose content was given up for room.
+        live_blocks: blocks held by open sequences (all layer groups together).
+        cached_blocks: blocks nobody holds whose content can still be found.
+        free_blocks: blocks without content.
+        num_blocks: capacity in blocks, the sum of the three above.
+        block_size: tokens per block.
+        open_sequences: sequences that are open now.
+        bytes: bytes the store has allocated; 0 for bookkeeping alone.
+        bytes_per_block: bytes of one block, all layers; 0 if no layout is known yet.
+        bypassed_calls: model calls inside ``with cache:`` that were computed as outside.
+        bypassed_tokens: tokens of those calls.
+        saved_output_tokens: tokens whose stored output was returned instead of computed.
+    """
+
+    hit_tokens: int = 0
+    miss_tokens: int = 0
+    evicted_blocks: int = 0
+    live_blocks: int = 0
+    cached_blocks: int = 0
+    free_blocks: int = 0
+    num_blocks: int = 0
+    block_size: int = 0
+    open_sequences: int = 0
+    bytes: int = 0
+    bytes_per_block: int = 0
+    bypassed_calls: int = 0
+    bypassed_tokens: int = 0
+    saved_output_tokens: int = 0
+
+    @property
+    def hit_ratio(self) -> float:
+        """Hit tokens over all prompt tokens; 0.0 before the first prompt."""
+        total = self.hit_tokens + self.miss_tokens
+        return self.hit_tokens / total if total else 0.0
+
+    def __getitem__(self, name: str) -> int:
+        if name not in asdict(self):
+            raise KeyError(f"no counter {name!r}; there are {', '.join(self)}")
+        return int(getattr(self, name))
+
+    def __iter__(self) -> Iterator[str]:
+        return (field.name for field in fields(self))
+
+    def keys(self) -> list[str]:
+        """The counters' names, so that ``dict(stats)`` works."""
+        return list(self)

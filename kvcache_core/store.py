@@ -1,0 +1,138 @@
+"""Where the bytes lie: the store protocol, and the numpy store that adapters are tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcache_core.errors import InvalidInput, InvalidType
+from kvcache_core.layout import BlockLayout
+from kvcache_core.plan import StepPlan
+from kvcache_core.types import BlockId
+
+__all__ = ["BlockBytes", "KVStore", "NumpyStore"]
+
+BlockBytes = dict[tuple[int, str], NDArray[Any]]
+"""One block's content: {(layer, array name): [block_size, H, D]}, the same axis order for every store."""
+
+
+class KVStore(Protocol):
+    """What every store does; the contract suite in the tests runs over each of them.
+
+    Slots and blocks are those of the layer's group. Values are native tensors of the store's framework.
+    """
+
+    layout: BlockLayout
+    num_blocks: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+
+    def write(self, layer: int, name: str, slots: Any, values: Any) -> None:
+        """Write ``values`` [N, H, D] at ``slots`` [N]."""
+
+    def read(self, layer: int, name: str, slots: Any) -> Any:
+        """Read [N, H, D] from ``slots`` [N]."""
+
+    def copy_blocks(self, group: int, pairs: Any) -> None:
+        """Copy whole blocks; ``pairs`` is [C, 2] of (source, destination)."""
+
+    def export_block(self, group: int, block: int) -> BlockBytes:
+        """The content of one block as numpy arrays (bfloat16 as its uint16 bits)."""
+
+    def import_block(self, group: int, block: int, content: BlockBytes) -> None:
+        """The reverse of :meth:`export_block`."""
+
+    def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]]) -> None:
+        """Change the capacity; ``moves`` holds {old: new} per layer group."""
+
+
+class NumpyStore:
+    """Arrays of shape [H, slots, D] per layer and name: a head's tokens lie side by side.
+
+    Args:
+        layout: what to store. bfloat16 has no numpy type and is refused.
+        num_blocks: usable blocks; the null block comes on top.
+    """
+
+    def __init__(self, layout: BlockLayout, num_blocks: int) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.arrays: dict[tuple[int, str], NDArray[Any]] = {}
+        for layer, spec in enumerate(layout.layers):
+            for array in spec.arrays:
+                dtype = layout.array_dtype(array)
+                if dtype == "bfloat16":
+                    raise InvalidType("numpy has no bfloat16: choose float32, float16 or float64 for a NumpyStore")
+                shape = (array.heads, (num_blocks + 1) * layout.block_size, array.size)
+                self.arrays[layer, array.name] = np.zeros(shape, dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def write(self, layer: int, name: str, slots: NDArray[Any], values: NDArray[Any]) -> None:
+        """Write ``values`` [N, H, D] at ``slots`` [N].
+
+        Raises:
+            InvalidInput: the values' shape is not the layout's.
+        """
+        array = self.arrays[layer, name]
+        expected = (len(slots), array.shape[0], array.shape[2])
+        if values.shape != expected:
+            raise InvalidInput(f"layer {layer} array {name!r} stores [N, H, D] = {expected}, got {values.shape}")
+        array[:, slots] = values.swapaxes(0, 1)
+
+    def read(self, layer: int, name: str, slots: NDArray[Any]) -> NDArray[Any]:
+        """Read [N, H, D] from ``slots`` [N]."""
+        return self.arrays[layer, name][:, slots].swapaxes(0, 1)
+
+    def copy_blocks(self, group: int, pairs: NDArray[Any]) -> None:
+        """Copy whole blocks; ``pairs`` is [C, 2] of (source, destination)."""
+        if not len(pairs):
+            return
+        for array in self._group_arrays(group):
+            blocks = self._blocks(array)
+            blocks[:, pairs[:, 1]] = blocks[:, pairs[:, 0]]
+
+    def apply_copies(self, plan: StepPlan) -> None:
+        """Do the copies a plan asks for, before the step writes anything."""
+        for number, group in enumerate(plan.groups):
+            self.copy_blocks(number, group.copies)
+
+    def export_block(self, group: int, block: int) -> BlockBytes:
+        """The content of one block: {(layer, name): [block_size, H, D]}."""
+        return {
+            key: self._blocks(array)[:, block].swapaxes(0, 1).copy()
+            for key, array in self.arrays.items()
+            if self.layout.group_of(key[0]) == group
+        }
+
+    def import_block(self, group: int, block: int, content: BlockBytes) -> None:
+        """The reverse of :meth:`export_block`."""
+        for (layer, name), values in content.items():
+            self._blocks(self.arrays[layer, name])[:, block] = values.swapaxes(0, 1)
+
+    def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]]) -> None:
+        """Change the capacity; ``moves`` holds {old: new} per layer group."""
+        kept = min(num_blocks, self.num_blocks) + 1
+        for key, array in self.arrays.items():
+            old = self._blocks(array)
+            new = np.zeros((old.shape[0], num_blocks + 1, *old.shape[2:]), array.dtype)
+            new[:, :kept] = old[:, :kept]
+            for source, target in moves[self.layout.group_of(key[0])].items():
+                new[:, target] = old[:, source]
+            self.arrays[key] = new.reshape(new.shape[0], -1, new.shape[3])
+        self.num_blocks = num_blocks
+
+    def _group_arrays(self, group: int) -> list[NDArray[Any]]:
+        return [array for key, array in self.arrays.items() if self.layout.group_of(key[0]) == group]
+
+    def _blocks(self, array: NDArray[Any]) -> NDArray[Any]:
+        """The same memory seen as [H, blocks, block_size, D]."""
+        return array.reshape(array.shape[0], -1, self.layout.block_size, array.shape[2])
