@@ -61,7 +61,7 @@ def attend(
     scores = np.where(visible, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    result = weights.reshape(k.shape[0], -1, k.shape[1]) @ v
+    result: _Array = weights.reshape(k.shape[0], -1, k.shape[1]) @ v
     return result.reshape(heads, new, -1)
 
 
@@ -84,6 +84,11 @@ def cached_attention(
         q: [B, Hq, T, D] for the plan's rows, padded on the right.
         k: [B, Hkv, T, D].
         v: [B, Hkv, T, Dv].
+        layer: the layer's number in the layout.
+        store: where K and V lie.
+        plan: the step.
+        scale: factor on the scores; default 1 / sqrt(D).
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
 
     Returns:
         [B, Hq, T, Dv]; padding rows are zero.

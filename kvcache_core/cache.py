@@ -7,19 +7,20 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as _Sequence
+from operator import index
 
 import numpy as np
 
-from kvcache_core.errors import CacheFull, InvalidInput, InvalidType, SequenceClosed, StepError
+from kvcache_core.errors import CacheFull, InvalidInput, InvalidType, SequenceClosed, StaleSequence, StepError
 from kvcache_core.layout import BlockLayout
 from kvcache_core.match import LayerGroup, match_prefix
 from kvcache_core.plan import Reservation, StepPlan, make_plan
-from kvcache_core.pool import BlockPool, PoolResize
+from kvcache_core.pool import BlockPool, PoolResize, check_size
 from kvcache_core.prefix import PrefixIndex
 from kvcache_core.sequence import Sequence
 from kvcache_core.stats import CacheStats
 from kvcache_core.transaction import Transactions
-from kvcache_core.types import SeqId, TokenIds
+from kvcache_core.types import BlockId, SeqId, TokenIds
 
 __all__ = ["BlockCache", "token_array"]
 
@@ -90,6 +91,11 @@ class BlockCache:
         """Capacity in blocks of each layer group."""
         return self.groups[0].pool.num_blocks
 
+    @property
+    def lock(self) -> threading.RLock:
+        """Held by every method; hold it to do several things as one."""
+        return self._lock
+
     def open(
         self,
         token_ids: TokenIds,
@@ -114,10 +120,13 @@ class BlockCache:
                 are stored too is matched, and the sequence's steps store theirs.
 
         Raises:
-            InvalidInput: an empty prompt, or ids that are no integers in range.
+            InvalidInput: an empty prompt, ids that are no integers in range, or a salt that is not bytes.
         """
         tokens = token_array(token_ids, "a prompt")
         extras = _checked_extras(extra_keys)
+        _check_salt(salt)
+        if _whole(max_new_tokens, "max_new_tokens") < 0:
+            raise InvalidInput(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
         with self._lock:
             root = self._index.open_root(self.namespace, salt)
             groups = self.groups if outputs else [group for group in self.groups if group.kind != "output"]
@@ -137,6 +146,21 @@ class BlockCache:
             self._hit_tokens += match.num_tokens
             self._miss_tokens += len(tokens) - match.num_tokens
             return seq
+
+    def cached_length(
+        self, token_ids: TokenIds, salt: bytes = b"", *, extra_keys: Mapping[int, bytes] | None = None
+    ) -> int:
+        """How many leading tokens :meth:`open` would find now. Changes nothing, counts nothing."""
+        tokens = token_array(token_ids, "a prompt")
+        extras = _checked_extras(extra_keys)
+        _check_salt(salt)
+        with self._lock:
+            root = self._index.open_root(self.namespace, salt)
+            keys = self._index.keys(self._index.key(root) or b"", tokens.tobytes(), 0, extras)
+            groups = [group for group in self.groups if group.kind != "output"]
+            match = match_prefix(self._index, groups, root, tokens, keys, extras)
+            self._index.unpin(root)
+            return match.num_tokens
 
     def plan(self, seqs: _Sequence[Sequence], token_ids: _Sequence[TokenIds]) -> StepPlan:
         """Reserve a step: row b appends ``token_ids[b]`` (one or more tokens) to ``seqs[b]``.
@@ -158,10 +182,23 @@ class BlockCache:
             for seq in seqs:
                 self._check_mine(seq)
                 seq.check_usable("step")
+                if seq.namespace != self.namespace:
+                    raise StaleSequence(
+                        f"cannot step {seq!r}: the weights changed since it was opened, so its past is of another "
+                        "model; close it and open a new one"
+                    )
             used = len(seqs[0].tables)
             if any(len(seq.tables) != used for seq in seqs):
                 raise InvalidInput("a step cannot mix sequences opened with outputs and without")
-            rows = self._moves.reserve(list(zip(seqs, tokens, strict=True)))
+            pairs = list(zip(seqs, tokens, strict=True))
+            try:
+                rows = self._moves.reserve(pairs)
+            except CacheFull:
+                # What sequences reserved ahead and have not used yet is the next thing to give.
+                if not self._moves.fits_unreserved(pairs, self._open.values()):
+                    raise
+                self._moves.return_reserved(self._open.values())
+                rows = self._moves.reserve(pairs)
             return make_plan(rows, [group.window for group in self.groups[:used]], self.block_size)
 
     def commit(self, plan: StepPlan) -> None:
@@ -190,6 +227,7 @@ class BlockCache:
             self._check_mine(seq)
             seq.check_usable("fork")
             child = Sequence(self, self._new_id(), seq.root, len(seq.tables))
+            child.namespace = seq.namespace
             child.length, child.num_cached = seq.length, seq.num_cached
             child.extra_keys, child.max_length = seq.extra_keys, seq.max_length
             child.prompt, child.prompt_keys = seq.prompt, seq.prompt_keys
@@ -213,6 +251,7 @@ class BlockCache:
         with self._lock:
             self._check_mine(seq)
             seq.check_usable("truncate")
+            length = _whole(length, "length")
             if not 0 <= length <= seq.length:
                 raise InvalidInput(f"length must be 0 .. {seq.length} to truncate {seq!r}, got {length}")
             if length == seq.length:
@@ -256,11 +295,16 @@ class BlockCache:
             CacheFull: more blocks are live than ``num_blocks``; nothing was changed.
             StepError: a step is under way.
         """
+        check_size(num_blocks)
         with self._lock:
             if any(seq.in_step for seq in self._open.values()):
                 raise StepError("cannot resize during a step: commit it or roll it back first")
             live = max(group.pool.num_live for group in self.groups)
-            if isinstance(num_blocks, int) and 0 < num_blocks < live:
+            seqs = self._open.values()
+            if num_blocks < live and self._moves.held(seqs) <= num_blocks:
+                self._moves.return_reserved(seqs)
+                live = max(group.pool.num_live for group in self.groups)
+            if num_blocks < live:
                 raise CacheFull(
                     f"cannot shrink to {num_blocks} blocks: {live} of {self.num_blocks} are held by open "
                     "sequences; close some first",
@@ -278,7 +322,7 @@ class BlockCache:
                 for seq in self._open.values():
                     if number >= len(seq.tables):
                         continue
-                    seq.tables[number] = [result.moves.get(block, block) for block in seq.tables[number]]
+                    seq.tables[number] = [result.moves.get(BlockId(block), block) for block in seq.tables[number]]
                 results.append(result)
             return results
 
@@ -339,6 +383,8 @@ class BlockCache:
                         assert all(not block or self._index.block(number, node) == block for node, block in pairs)
                         assert seq.in_step or len(table) >= len(seq.nodes)
                     assert all(not block for block in table[: seq.dropped[number]])
+                findable = [block for block in range(1, group.pool.num_blocks + 1) if group.pool.is_findable(block)]
+                assert all(self._index.node(number, block) for block in findable)
                 if not any(seq.in_step for seq in self._open.values()):
                     for block in range(1, group.pool.num_blocks + 1):
                         assert group.pool.refs(block) == held[block]
@@ -380,14 +426,28 @@ def token_array(token_ids: TokenIds, what: str) -> array[int]:
             raise InvalidInput(f"{what} must have one dimension, got shape {values.shape}")
         if values.size and values.dtype.kind not in "iu":
             raise InvalidType(f"{what} must be integers, got dtype {values.dtype}")
-        if values.size and int(values.max()) > _MAX_TOKEN:
-            raise InvalidInput(f"{what} has a token id outside 0 .. {_MAX_TOKEN}: {values.max()}")
+        if values.size and (int(values.max()) > _MAX_TOKEN or int(values.min()) < 0):
+            raise InvalidInput(
+                f"{what} has a token id outside 0 .. {_MAX_TOKEN}: ids are {values.min()} .. {values.max()}"
+            )
         tokens = array("i", values.astype(np.int32).tobytes())
     if not tokens:
         raise InvalidInput(f"{what} needs at least one token, got none")
     if min(tokens) < 0:
         raise InvalidInput(f"{what} has a token id outside 0 .. {_MAX_TOKEN}: {min(tokens)}")
     return tokens
+
+
+def _check_salt(salt: bytes) -> None:
+    if not isinstance(salt, bytes):
+        raise InvalidType(f"salt must be bytes, got {type(salt).__name__}: {_sample(salt)}")
+
+
+def _whole(value: int, name: str) -> int:
+    try:
+        return index(value)
+    except TypeError:
+        raise InvalidType(f"{name} must be a whole number, got {_sample(value)}") from None
 
 
 def _sample(values: object) -> str:

@@ -11,7 +11,9 @@ __all__ = [
     "InvalidInput",
     "InvalidType",
     "KVCacheError",
+    "KVCacheWarning",
     "SequenceClosed",
+    "StaleSequence",
     "StepError",
     "UsageError",
 ]
@@ -57,5 +59,13 @@ class StepError(KVCacheError, RuntimeError):
     """A step was used out of order: committed twice, or a sequence was put into two steps."""
 
 
+class StaleSequence(StepError):
+    """The weights (the namespace) changed while a sequence was open: its past no longer fits the model."""
+
+
 class UsageError(KVCacheError, RuntimeError):
     """A cache was used in a way it cannot serve: unattached, nested, or attached twice."""
+
+
+class KVCacheWarning(UserWarning):
+    """Something works, but not as cached as the caller may expect."""

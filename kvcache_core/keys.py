@@ -40,7 +40,6 @@ def block_key(parent: bytes, tokens: bytes, extras: bytes = b"") -> bytes:
 
 def extras_bytes(extras: Mapping[int, bytes]) -> bytes:
     """Encode ``{offset in block: bytes}``, tagged and length-prefixed; empty for no extras."""
-    parts = []
-    for offset in sorted(extras):
-        parts.append(b"X" + struct.pack("<IQ", offset, len(extras[offset])) + extras[offset])
-    return b"".join(parts)
+    return b"".join(
+        b"X" + struct.pack("<IQ", offset, len(extras[offset])) + extras[offset] for offset in sorted(extras)
+    )

@@ -91,9 +91,7 @@ def _agree(index: PrefixIndex, groups: Sequence[LayerGroup], nodes: Sequence[int
             return count
 
 
-def _longest_hit(
-    index: PrefixIndex, number: int, window: int | None, nodes: Sequence[int], count: int
-) -> int:
+def _longest_hit(index: PrefixIndex, number: int, window: int | None, nodes: Sequence[int], count: int) -> int:
     if window is None:
         for at in range(count):
             if not index.block(number, nodes[at]):

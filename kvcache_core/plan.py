@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as _Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +66,7 @@ class GroupPlan:
         breaks = np.flatnonzero(np.diff(blocks) != 1) + 1
         edges = [0, *breaks.tolist(), len(blocks)]
         runs = []
-        for left, right in zip(edges[:-1], edges[1:], strict=True):
+        for left, right in pairwise(edges):
             begin = max((low + left) * size, first)
             stop = min((low + right) * size, end)
             runs.append((int(blocks[left]) * size + begin - (low + left) * size, stop - begin, begin))

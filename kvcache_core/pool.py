@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from kvcache_core.errors import BlockError, CacheFull, InvalidInput
 from kvcache_core.types import NULL_BLOCK, BlockId
 
-__all__ = ["BlockPool", "PoolResize"]
+__all__ = ["BlockPool", "PoolResize", "check_size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class BlockPool:
     """
 
     def __init__(self, num_blocks: int) -> None:
-        _check_size(num_blocks)
+        check_size(num_blocks)
         self.num_blocks = num_blocks
         self.num_free = num_blocks
         self.num_cached = 0
@@ -90,11 +90,12 @@ class BlockPool:
                 capacity=self.num_blocks,
             )
         taken = self._take_run(after + 1, count) if after else []
-        while len(taken) < count and self.num_free:
-            taken += self._take_run(self._pop_free(), count - len(taken))
-        evicted = [self._pop_least_recent() for _ in range(count - len(taken))]
+        rest: list[BlockId] = []
+        while len(taken) + len(rest) < count and self.num_free:
+            rest += self._take_run(self._pop_free(), count - len(taken) - len(rest))
+        evicted = [self._pop_least_recent() for _ in range(count - len(taken) - len(rest))]
         # Blocks of one old sequence come tail first; sorted they are adjacent again.
-        taken += sorted(evicted)
+        taken += sorted(rest + evicted)
         for block in taken:
             self._refs[block] = 1
         return taken, evicted
@@ -126,9 +127,11 @@ class BlockPool:
             BlockError: a block is unknown, or has fewer references than it is released; nothing was changed.
         """
         refs, findable = self._refs, self._findable
-        for position, block in enumerate(blocks):
+        for block in blocks:
             if block:
                 self._check_known(block)
+        for position, block in enumerate(blocks):
+            if block:
                 if refs[block] < 1:
                     self._restore(blocks[:position])
                     raise BlockError(f"block {block} was released more often than it was retained")
@@ -178,7 +181,7 @@ class BlockPool:
         Raises:
             CacheFull: more blocks are live than ``num_blocks``; nothing was changed.
         """
-        _check_size(num_blocks)
+        check_size(num_blocks)
         if num_blocks < self.num_live:
             raise CacheFull(
                 f"cannot shrink to {num_blocks} blocks: {self.num_live} of {self.num_blocks} are live; "
@@ -292,6 +295,7 @@ class BlockPool:
             raise BlockError(f"block {block} is unknown: ids are 1 .. {self.num_blocks}")
 
 
-def _check_size(num_blocks: int) -> None:
+def check_size(num_blocks: int) -> None:
+    """Raise InvalidInput unless ``num_blocks`` can be the size of a pool."""
     if isinstance(num_blocks, bool) or not isinstance(num_blocks, int) or num_blocks < 1:
         raise InvalidInput(f"a pool needs a whole number of blocks, at least 1; got {num_blocks!r}")

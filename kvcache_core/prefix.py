@@ -47,6 +47,7 @@ class PrefixIndex:
         self._children: dict[int, list[int]] = {}
         self._open_tails: dict[int, list[int]] = {}
         self._extras: dict[int, _Extras] = {}
+        self._in_step: set[int] = set()
         self._block_of = [array("i", [0]) for _ in pool_sizes]
         self._node_of = [array("i", bytes(4 * (size + 1))) for size in pool_sizes]
 
@@ -80,6 +81,10 @@ class PrefixIndex:
     def block(self, group: int, node: int) -> BlockId:
         """The block attached in ``group``, or the null block."""
         return BlockId(self._block_of[group][node])
+
+    def node(self, group: int, block: int) -> NodeId:
+        """The node that ``block`` of ``group`` is attached to, or 0."""
+        return NodeId(self._node_of[group][block])
 
     def extras(self, node: int) -> _Extras:
         """The node's extra keys, by offset in the block."""
@@ -122,7 +127,9 @@ class PrefixIndex:
     ) -> Iterator[tuple[int, NodeId]]:
         """Children of ``parent`` that start like ``tokens``: (shared tokens, node), longest first."""
         found = [
-            (self._shared(node, tokens, extras), node) for node in self._open_tails.get(parent, ())
+            (self._shared(node, tokens, extras), node)
+            for node in self._open_tails.get(parent, ())
+            if node not in self._in_step
         ]
         children = self._children.get(parent)
         if children is None:
@@ -208,6 +215,14 @@ class PrefixIndex:
         start = node * self.block_size + self._fill[node]
         self._tokens[start : start + len(tokens)] = tokens
         self._fill[node] += len(tokens)
+
+    def begin_step(self, node: int) -> None:
+        """A step writes into this open tail: it is not matched until the step ends, for its block may change hands."""
+        self._in_step.add(node)
+
+    def end_step(self, node: int) -> None:
+        """Undo :meth:`begin_step`, if it was called."""
+        self._in_step.discard(node)
 
     def cut(self, node: int, fill: int) -> None:
         """Drop the tokens of an open tail behind the first ``fill``."""

@@ -33,6 +33,7 @@ class Sequence:
         "in_step",
         "length",
         "max_length",
+        "namespace",
         "nodes",
         "num_cached",
         "prompt",
@@ -47,6 +48,7 @@ class Sequence:
         self.root = root
         self.length = 0
         self.num_cached = 0
+        self.namespace = cache.namespace
         self.closed = False
         self.in_step = False
         self.max_length = 0

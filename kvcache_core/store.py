@@ -90,7 +90,8 @@ class NumpyStore:
 
     def read(self, layer: int, name: str, slots: NDArray[Any]) -> NDArray[Any]:
         """Read [N, H, D] from ``slots`` [N]."""
-        return self.arrays[layer, name][:, slots].swapaxes(0, 1)
+        found: NDArray[Any] = self.arrays[layer, name][:, slots].swapaxes(0, 1)
+        return found
 
     def copy_blocks(self, group: int, pairs: NDArray[Any]) -> None:
         """Copy whole blocks; ``pairs`` is [C, 2] of (source, destination)."""

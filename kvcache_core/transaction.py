@@ -6,6 +6,8 @@ Blocks change hands only here. The caller (:class:`~kvcache_core.cache.BlockCach
 from __future__ import annotations
 
 from array import array
+from collections.abc import Collection as _Collection
+from collections.abc import Iterable
 from collections.abc import Sequence as _Sequence
 
 from kvcache_core.errors import CacheFull
@@ -43,6 +45,42 @@ class Transactions:
             self._reserve_row(seq, tokens, ahead)
             for (seq, tokens), ahead in zip(rows, wanted, strict=True)
         ]
+
+    def fits_unreserved(self, rows: _Sequence[tuple[Sequence, array[int]]], seqs: Iterable[Sequence]) -> bool:
+        """Whether the rows would fit if ``seqs`` gave back what they reserved ahead."""
+        stealable = sum(self._must_copy(seq) and self._held_alone(seq) for seq, _ in rows)
+        others = [seq for seq in seqs if not seq.in_step]
+        for number, group in self._groups_of(rows):
+            spare = sum(len(seq.tables[number]) - len(seq.nodes) for seq in others if number < len(seq.tables))
+            needed = sum(
+                -(-(seq.length + len(tokens)) // self.block_size) - len(seq.nodes) + self._must_copy(seq)
+                for seq, tokens in rows
+            )
+            if needed - stealable > group.pool.num_available + spare:
+                return False
+        return True
+
+    def held(self, seqs: _Collection[Sequence]) -> int:
+        """Live blocks, without those reserved ahead, in the group that has most of them."""
+        return max(
+            group.pool.num_live
+            - sum(len(seq.tables[number]) - len(seq.nodes) for seq in seqs if number < len(seq.tables))
+            for number, group in enumerate(self.groups)
+        )
+
+    def return_reserved(self, seqs: Iterable[Sequence]) -> bool:
+        """Give back the blocks that sequences reserved ahead and hold no tokens; whether there were any."""
+        returned = False
+        for seq in seqs:
+            if seq.in_step:
+                continue
+            seq.max_length = 0
+            for group, table in zip(self.groups, seq.tables, strict=False):
+                if len(table) > len(seq.nodes):
+                    group.pool.release(table[len(seq.nodes) :])
+                    del table[len(seq.nodes) :]
+                    returned = True
+        return returned
 
     def _groups_of(self, rows: _Sequence[tuple[Sequence, array[int]]]) -> list[tuple[int, LayerGroup]]:
         """The layer groups that the rows use: the same for all of them."""
@@ -93,6 +131,8 @@ class Transactions:
         if offset and not copy and self.index.fill(seq.nodes[-1]) > offset:
             # Truncated inside an open tail that was shared then: what follows is overwritten now.
             self.index.cut(seq.nodes[-1], offset)
+        if offset and not copy:
+            self.index.begin_step(seq.nodes[-1])
         lengths = [len(table) for table in seq.tables]
         copied = [table[at] for table in seq.tables] if copy else None
         for number, (group, table) in enumerate(zip(self.groups, seq.tables, strict=False)):
@@ -112,7 +152,11 @@ class Transactions:
         """Whether the next token falls into a block that others hold or that is already findable."""
         if not seq.length % self.block_size:
             return False
-        return not (self.index.is_open(seq.nodes[-1]) and self._held_alone(seq))
+        node, used = seq.nodes[-1], len(seq.tables)
+        if any(self.index.block(number, node) for number in range(used, len(self.groups))):
+            # Stored outputs belong to the tail, and this sequence stores none: it must not grow under them.
+            return True
+        return not (self.index.is_open(node) and self._held_alone(seq))
 
     def _held_alone(self, seq: Sequence) -> bool:
         at = seq.length // self.block_size
@@ -142,6 +186,7 @@ class Transactions:
         seq, size = row.seq, self.block_size
         tokens = array("i", row.tokens)
         old_tip = seq.tip
+        self.index.end_step(old_tip)
         if row.copied is not None:
             self._replace_tail(seq, row.copied)
         done = 0
@@ -163,6 +208,7 @@ class Transactions:
     def rollback(self, row: Reservation) -> None:
         """Give back what :meth:`reserve` took; nothing of the step can be found."""
         seq = row.seq
+        self.index.end_step(seq.tip)
         at = seq.length // self.block_size
         for number, (group, table) in enumerate(zip(self.groups, seq.tables, strict=False)):
             length = row.table_lengths[number]
@@ -207,6 +253,7 @@ class Transactions:
                 if twin:
                     group.pool.retain([twin])
                     self.index.detach(number, mine)
+                    group.pool.unmark_findable(mine)
                     group.pool.release([mine])
                     table[at] = twin
                     continue
@@ -243,10 +290,16 @@ class Transactions:
         """Before the last holder lets go of an open tail: keep it findable, unless that adds nothing."""
         if not self.index.is_open(node):
             return
-        if any(group.pool.refs(block) > 1 for group, block in zip(self.groups, blocks, strict=False)):
+        alone = [group.pool.refs(block) == 1 for group, block in zip(self.groups, blocks, strict=False)]
+        if not all(alone):
+            # A sequence without outputs may share the rest of the tail: the outputs stay with it.
+            for group, block, last in zip(self.groups, blocks, alone, strict=False):
+                if last:
+                    group.pool.mark_findable(block)
             return
         if self._is_covered(node):
             for number, block in enumerate(blocks):
+                self.groups[number].pool.unmark_findable(block)
                 self.index.detach(number, block)
             return
         self.index.close_tail(node)

@@ -1,0 +1,8 @@
+"""K/V cache for PyTorch models: ``with cache: model(x)`` gives the same answer, faster."""
+
+from kvcache_torch.attention import attention, positions, select_outputs
+from kvcache_torch.cache import KVCache
+from kvcache_torch.generate import generate, stream
+from kvcache_torch.store import TensorStore
+
+__all__ = ["KVCache", "TensorStore", "attention", "generate", "positions", "select_outputs", "stream"]

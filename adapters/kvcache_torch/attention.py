@@ -1,0 +1,112 @@
+"""The calls that a model is built from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcache_core.errors import InvalidInput
+from kvcache_torch.context import local
+from kvcache_torch.kernels import plain_attention
+
+__all__ = ["attention", "positions", "select_outputs"]
+
+
+def positions(length: int, *, device: torch.device | str | None = None) -> Tensor:
+    """Absolute positions of the tokens in this forward pass.
+
+    Args:
+        length: T, the input's length.
+        device: where to put them outside a cache; inside they are on the cache's device.
+
+    Returns:
+        int64 [B, T] inside ``with cache:`` (each row's own), [1, T] = 0 .. T - 1 outside.
+
+    Raises:
+        InvalidInput: inside, if ``length`` is not the step's T.
+    """
+    if not local.stepping:
+        return torch.arange(length, device=device).unsqueeze(0)
+    inside = local.positions
+    if inside.shape[1] != length:
+        raise InvalidInput(f"positions() must be asked for this step's {inside.shape[1]} tokens, got {length}")
+    return inside
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layer: int,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention; inside ``with cache:`` over cached and new tokens.
+
+    Args:
+        q: [B, Hq, T, D].
+        k: [B, Hkv, T, D], Hq a multiple of Hkv; heads are not repeated.
+        v: [B, Hkv, T, Dv].
+        layer: the layer's own number, 0 .. L - 1.
+        window: a token sees itself and the ``window`` - 1 tokens before it; None for all.
+        scale: factor on the scores; default 1 / sqrt(D).
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+
+    Returns:
+        [B, Hq, T, Dv].
+
+    Raises:
+        InvalidInput, InvalidType: inside a step, for a layer used twice, or another shape, dtype or device
+            than the cache's.
+    """
+    if not local.stepping:
+        return plain_attention(q, k, v, window, scale, softcap)
+    if torch.compiler.is_compiling():
+        return _attend(q, k, v, layer, window, scale, softcap)
+    return local.step.attend(q, k, v, layer, window, scale, softcap)
+
+
+def select_outputs(hidden: Tensor) -> Tensor:
+    """Keep only what the step needs before an expensive output layer.
+
+    Put it before the final projection: a prefill then computes logits for each row's last token alone.
+
+    Args:
+        hidden: [B, T, ...].
+
+    Returns:
+        [B, 1, ...] in a step of which only each row's last output is wanted; ``hidden`` otherwise.
+    """
+    if not local.last_only or hidden.shape[1] == 1:
+        return hidden
+    rows = torch.arange(hidden.shape[0], device=hidden.device)
+    return hidden[rows, local.last_index].unsqueeze(1)
+
+
+@torch.library.custom_op("kvcache::attend", mutates_args=())
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: int,
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """The step's attention as one opaque operation: a compiled model needs no new graph for a new step."""
+    return local.step.attend(q, k, v, layer, window, scale, softcap)
+
+
+@_attend.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: int,
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])

@@ -1,0 +1,252 @@
+"""``KVCache`` for PyTorch models."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kvcache_core.errors import InvalidInput, InvalidType
+from kvcache_core.frontend import Call, FrontendCache, ModelSpec
+from kvcache_core.layout import BlockLayout
+from kvcache_core.plan import StepPlan
+from kvcache_torch.context import local
+from kvcache_torch.step import Recorder, Step
+from kvcache_torch.store import TensorStore, dtype_name, torch_dtype
+from kvcache_torch.transparent import Rows, assemble, rows_of, with_recomputed_gradient
+
+__all__ = ["KVCache"]
+
+
+class KVCache(FrontendCache):
+    """A K/V cache for one PyTorch model.
+
+    Inside ``with cache:``, ``model(x)`` gives what it gives outside and skips the tokens whose state is
+    cached. See :class:`kvcache_core.frontend.FrontendCache` for the arguments and :meth:`attach`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> class Tiny(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.embed = nn.Embedding(10, 8)
+        ...     def forward(self, x):
+        ...         h = self.embed(x).unsqueeze(1)  # [B, H=1, T, D=8]
+        ...         return attention(h, h, h, layer=0).squeeze(1)
+        >>> from kvcache_torch import attention
+        >>> cache = KVCache(size=64, block_size=4)
+        >>> model = cache.attach(Tiny().eval())
+        >>> x = torch.arange(9).unsqueeze(0)
+        >>> with torch.inference_mode(), cache:
+        ...     first, second = model(x), model(x)
+        >>> torch.equal(first[:, :8], second[:, :8]), cache.stats().hit_tokens
+        (True, 8)
+    """
+
+    def _dtype_name(self, dtype: Any) -> str:
+        return dtype_name(dtype)
+
+    def _active(self) -> Any:
+        return local.cache
+
+    def _set_active(self, cache: Any) -> None:
+        local.cache = cache
+
+    def _describe(self, model: nn.Module) -> ModelSpec:
+        device = _device_of(model)
+        plain = getattr(model, "_orig_mod", model)  # a compiled model is described without compiling it
+        recorder = Recorder(device)
+        devices = [device] if device.type == "cuda" else []
+        with _evaluating(plain), torch.no_grad(), torch.random.fork_rng(devices):
+            local.begin(recorder)
+            try:
+                output = _plain_forward(plain)(torch.zeros(1, 1, dtype=torch.int64, device=device))
+            finally:
+                local.end()
+        if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[:2] != (1, 1):
+            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise InvalidInput(f"a token model must map ids [B, T] to a tensor [B, T, ...], got {found} for [1, 1]")
+        return ModelSpec(
+            recorder.specs(),
+            recorder.kv_dtype(),
+            tuple(output.shape[2:]),
+            dtype_name(output.dtype),
+            _vocab_size(plain, output),
+        )
+
+    def _new_store(self, layout: BlockLayout, num_blocks: int) -> TensorStore:
+        return TensorStore(layout, num_blocks, _device_of(self.model))
+
+    def _fingerprint(self, model: nn.Module) -> bytes:
+        # A version counter moves with every in-place change; a replaced tensor has another address.
+        marks: list[int] = []
+        for tensor in (*model.parameters(), *model.buffers()):
+            marks += (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        return np.array(marks, np.uint64).tobytes()
+
+    def _install(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise InvalidType(f"kvcache_torch attaches a torch.nn.Module, got {type(model).__name__}")
+        model.forward = _AttachedForward(self, model, model.forward, "forward" in vars(model))
+
+    def _uninstall(self, model: nn.Module) -> None:
+        attached = model.forward
+        if attached.was_own_attribute:
+            model.forward = attached.original
+        else:
+            del model.forward
+
+    @property
+    def _original(self) -> Callable[..., Any]:
+        return self.model.forward.original  # type: ignore[no-any-return]
+
+    # ---- running the model ---------------------------------------------------------------------
+
+    def _run(self, plan: StepPlan, *, last_only: bool) -> Tensor:
+        """The model over a plan's new tokens: [B, T, ...], or [B, 1, ...] if only the last is wanted."""
+        store = self.store
+        step = Step(plan, store, torch_dtype(self.spec.dtype))
+        local.begin(step, last_only)
+        try:
+            output = self._original(torch.from_numpy(plan.tokens).to(store.device))
+        finally:
+            local.end()
+        if last_only and output.shape[1] != 1:
+            rows = torch.arange(output.shape[0], device=output.device)
+            output = output[rows, step.last_index].unsqueeze(1)
+        return output
+
+    def _run_step(self, plan: StepPlan) -> np.ndarray[Any, Any]:
+        with _evaluating(self.model), torch.no_grad():
+            logits = self._run(plan, last_only=True)[:, 0]
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        return logits.cpu().numpy()
+
+    def recompute(self, rows: list[list[int]]) -> np.ndarray[Any, Any]:
+        """Logits behind each row's last token, without the cache."""
+        return recompute(self._original, _device_of(self.model), rows)
+
+    def transparent_call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``model(x)`` inside ``with cache:``."""
+        lengths, mask = kwargs.pop("lengths", None), kwargs.pop("mask", None)
+        mask = kwargs.pop("attention_mask", mask)
+        if len(args) != 1 or kwargs:
+            extra = [*map(str, range(1, len(args))), *kwargs]
+            self.bypass(0, f"arguments besides the token ids are not cached (got {extra})")
+            return original(*args, **kwargs)
+        x = args[0]
+        rows = rows_of(x, lengths, mask)
+        reason = _reason_to_bypass(self.model)
+        if reason:
+            self.bypass(sum(map(len, rows.tokens)), reason)
+            return original(x)
+        for row in rows.tokens:
+            self.check_vocabulary(row)
+        with torch.no_grad(), self.call(rows.tokens) as call:
+            result = original(x) if call is None else self._answer(call, rows)
+        if call is None and self.outputs == "last":
+            result = rows.last_of(result)
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.model.parameters()):
+            result = with_recomputed_gradient(self, original, x, rows, result)
+        return result
+
+    def _answer(self, call: Call, rows: Rows) -> Tensor:
+        """Compute what is missing, store its outputs, and put cached and new ones together."""
+        if self.outputs == "last":
+            return self._run(call.plan, last_only=True)
+        new = self._run(call.plan, last_only=False)
+        layer = len(self.store.layout.layers) - 1
+        return assemble(self.store, layer, call, rows, new)
+
+
+class _AttachedForward:
+    """Stands in for a module's ``forward`` while it is attached. Copies and pickles as the plain forward."""
+
+    def __init__(self, cache: KVCache, model: nn.Module, original: Callable[..., Any], was_own_attribute: bool) -> None:
+        self.cache = cache
+        self.model = model
+        self.original = original
+        self.was_own_attribute = was_own_attribute
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or local.cache is not self.cache or local.stepping:
+            return self.original(*args, **kwargs)
+        return self.cache.transparent_call(self.original, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _class_forward(memo[id(self.model)])
+
+    def __reduce__(self) -> Any:
+        return _class_forward, (self.model,)
+
+
+def _class_forward(model: nn.Module) -> Callable[..., Any]:
+    return types.MethodType(type(model).forward, model)
+
+
+def _plain_forward(model: nn.Module) -> Callable[..., Any]:
+    forward = model.forward
+    return forward.original if isinstance(forward, _AttachedForward) else model
+
+
+def recompute(forward: Callable[..., Any], device: torch.device, rows: list[list[int]]) -> np.ndarray[Any, Any]:
+    """Run a model over ragged rows without a cache; logits [B, V] behind each row's last token."""
+    width = max(map(len, rows))
+    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+    for at, row in enumerate(rows):
+        tokens[at, : len(row)] = torch.tensor(row)
+    with torch.no_grad():
+        output = forward(tokens.to(device))
+    last = torch.tensor([len(row) - 1 for row in rows], device=output.device)
+    logits = output[torch.arange(len(rows), device=output.device), last]
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    return logits.cpu().numpy()
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Run in evaluation mode; each module gets its own mode back."""
+    if not model.training:
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _reason_to_bypass(model: nn.Module) -> str | None:
+    """Why a call must be computed as outside, or None."""
+    if not model.training:
+        return None
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters()):
+        return "the model is being trained; call model.eval() or use torch.no_grad() to use the cache"
+    random = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+    if any(isinstance(module, random) and module.training for module in model.modules()):
+        return "the model is in training mode with dropout or batch statistics; call model.eval() to use the cache"
+    return None
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def _vocab_size(model: nn.Module, output: Tensor) -> int | None:
+    """The number of token ids: the embedding as wide as the output, or the only embedding."""
+    sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    if output.dim() == 3 and output.shape[-1] in sizes:
+        return output.shape[-1]
+    return sizes[0] if len(sizes) == 1 else None

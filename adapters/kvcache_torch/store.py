@@ -1,0 +1,152 @@
+"""K/V bytes in torch tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcache_core.errors import InvalidInput, InvalidType
+from kvcache_core.layout import BlockLayout
+from kvcache_core.store import BlockBytes
+from kvcache_core.types import BlockId
+
+__all__ = ["TensorStore", "dtype_name", "torch_dtype"]
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a layout's dtype name."""
+    return _DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """The layout's name of a torch dtype.
+
+    Raises:
+        InvalidType: a dtype that the cache cannot store.
+    """
+    for name, known in _DTYPES.items():
+        if dtype in (known, name):
+            return name
+    raise InvalidType(f"dtype must be one of {sorted(_DTYPES)}, got {dtype}")
+
+
+class TensorStore:
+    """Tensors of shape [H, slots, D] per layer and array name: a head's tokens lie side by side, so a run of
+    adjacent slots is a view that attention reads without a copy.
+
+    A tensor is allocated when its layer is first used.
+
+    Args:
+        layout: what to store.
+        num_blocks: usable blocks; the null block comes on top.
+        device: where the tensors live.
+    """
+
+    def __init__(self, layout: BlockLayout, num_blocks: int, device: torch.device | str = "cpu") -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.device = torch.device(device)
+        self._arrays: dict[tuple[int, str], Tensor] = {}
+        self._batched: dict[int, tuple[Tensor, Tensor]] = {}
+        self._specs = {(layer, array.name): array for layer, spec in enumerate(layout.layers) for array in spec.arrays}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(array.nbytes for array in self._arrays.values())
+
+    def array(self, layer: int, name: str) -> Tensor:
+        """The tensor [H, slots, D] of one array."""
+        array = self._arrays.get((layer, name))
+        return self._allocate(layer, name) if array is None else array
+
+    def batched(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V of an attention layer as views [1, H, slots, D], ready for attention."""
+        views = self._batched.get(layer)
+        if views is None:
+            views = self._batched[layer] = (self.array(layer, "k")[None], self.array(layer, "v")[None])
+        return views
+
+    def write(self, layer: int, name: str, slots: Any, values: Any) -> None:
+        """Write ``values`` [N, H, D] at ``slots`` [N].
+
+        Raises:
+            InvalidInput: the values' shape is not the layout's.
+        """
+        array = self.array(layer, name)
+        slots = torch.as_tensor(slots, dtype=torch.int64, device=self.device)
+        values = torch.as_tensor(values, device=self.device)
+        expected = (len(slots), array.shape[0], array.shape[2])
+        if tuple(values.shape) != expected:
+            raise InvalidInput(f"layer {layer} array {name!r} stores [N, H, D] = {expected}, got {tuple(values.shape)}")
+        with torch.no_grad():
+            array.index_copy_(1, slots, values.transpose(0, 1).to(array.dtype))
+
+    def read(self, layer: int, name: str, slots: Any) -> Tensor:
+        """Read [N, H, D] from ``slots`` [N]."""
+        slots = torch.as_tensor(slots, dtype=torch.int64, device=self.device)
+        return self.array(layer, name).index_select(1, slots).transpose(0, 1)
+
+    def copy_blocks(self, group: int, pairs: Any) -> None:
+        """Copy whole blocks; ``pairs`` is [C, 2] of (source, destination)."""
+        if not len(pairs):
+            return
+        pairs = torch.as_tensor(pairs, dtype=torch.int64, device=self.device)
+        for key, array in self._arrays.items():
+            if self.layout.group_of(key[0]) == group:
+                blocks = self._blocks(array)
+                blocks.index_copy_(1, pairs[:, 1], blocks.index_select(1, pairs[:, 0]))
+
+    def export_block(self, group: int, block: int) -> BlockBytes:
+        """The content of one block: {(layer, name): numpy [block_size, H, D]}, bfloat16 as its uint16 bits."""
+        content = {}
+        for key in self._specs:
+            if self.layout.group_of(key[0]) == group:
+                values = self._blocks(self.array(*key))[:, block].transpose(0, 1).contiguous().cpu()
+                if values.dtype == torch.bfloat16:
+                    values = values.view(torch.uint16)
+                content[key] = values.numpy()
+        return content
+
+    def import_block(self, group: int, block: int, content: BlockBytes) -> None:
+        """The reverse of :meth:`export_block`."""
+        for key, values in content.items():
+            tensor = torch.as_tensor(values)
+            if self.layout.array_dtype(self._specs[key]) == "bfloat16":
+                tensor = tensor.view(torch.bfloat16)
+            self._blocks(self.array(*key))[:, block].copy_(tensor.transpose(0, 1))
+
+    def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]]) -> None:
+        """Change the capacity; ``moves`` holds {old: new} per layer group."""
+        kept = min(num_blocks, self.num_blocks) + 1
+        self.num_blocks = num_blocks
+        self._batched.clear()
+        for key in list(self._arrays):
+            old = self._blocks(self._arrays[key])
+            new = self._blocks(self._allocate(*key))
+            new[:, :kept] = old[:, :kept]
+            for source, target in moves[self.layout.group_of(key[0])].items():
+                new[:, target] = old[:, source]
+
+    def _allocate(self, layer: int, name: str) -> Tensor:
+        spec = self._specs[layer, name]
+        shape = (spec.heads, (self.num_blocks + 1) * self.layout.block_size, spec.size)
+        # Not an inference tensor even inside inference_mode: those cannot be written outside it later.
+        with torch.inference_mode(False):
+            array = torch.zeros(shape, dtype=torch_dtype(self.layout.array_dtype(spec)), device=self.device)
+        self._arrays[layer, name] = array
+        return array
+
+    def _blocks(self, array: Tensor) -> Tensor:
+        """The same memory seen as [H, blocks, block_size, D]."""
+        return array.view(array.shape[0], -1, self.layout.block_size, array.shape[2])

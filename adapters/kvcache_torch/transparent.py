@@ -1,0 +1,130 @@
+"""``with cache: y = model(x)``: rows in, full outputs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvcache_core.errors import InvalidInput, InvalidType
+from kvcache_core.frontend import Call
+from kvcache_torch.store import TensorStore
+
+__all__ = ["Rows", "assemble", "rows_of", "with_recomputed_gradient"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of an input [B, T]: each row's tokens and the column its first token stands in."""
+
+    tokens: list[NDArray[np.int64]]
+    first: list[int]
+    width: int
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no row is padded."""
+        return all(len(row) == self.width for row in self.tokens)
+
+    def last_of(self, output: Tensor) -> Tensor:
+        """Each row's last output, [B, 1, ...]."""
+        last = torch.tensor([first + len(row) - 1 for first, row in zip(self.first, self.tokens, strict=True)])
+        return output[torch.arange(len(last)), last.to(output.device)].unsqueeze(1)
+
+
+def rows_of(x: Any, lengths: Any, mask: Any) -> Rows:
+    """Check an input and split it into rows.
+
+    Args:
+        x: integer ids [B, T].
+        lengths: [B], tokens per row, padded on the right; or None.
+        mask: [B, T], nonzero where there is a token, padded on either side; or None.
+
+    Raises:
+        InvalidInput, InvalidType: no integer ids [B, T], an empty row, or a mask with holes.
+    """
+    if not isinstance(x, Tensor):
+        raise InvalidType(f"token ids must be a tensor [B, T], got {type(x).__name__}")
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise InvalidType(f"token ids must be integers, got {x.dtype}")
+    if x.dim() != 2 or not x.shape[0] or not x.shape[1]:
+        raise InvalidInput(f"token ids must be [B, T] with at least one row and one token, got {tuple(x.shape)}")
+    ids = x.detach().cpu().numpy()
+    count, width = ids.shape
+    if mask is not None:
+        valid = np.asarray(torch.as_tensor(mask).detach().cpu()) != 0
+        if valid.shape != ids.shape:
+            raise InvalidInput(f"the mask must be [B, T] = {ids.shape} like the ids, got {valid.shape}")
+        first, sizes = valid.argmax(axis=1), valid.sum(axis=1)
+        if any(not valid[row, at : at + size].all() for row, (at, size) in enumerate(zip(first, sizes, strict=True))):
+            raise InvalidInput("the mask must mark one run of tokens per row: padding left or right, no holes")
+    elif lengths is not None:
+        sizes = np.asarray(torch.as_tensor(lengths).detach().cpu()).reshape(-1)
+        first = np.zeros_like(sizes)
+        if len(sizes) != count or sizes.max() > width:
+            raise InvalidInput(f"lengths must be {count} numbers of at most {width} tokens, got {sizes.tolist()}")
+    else:
+        first, sizes = np.zeros(count, int), np.full(count, width)
+    if sizes.min() < 1:
+        raise InvalidInput(f"every row needs at least one token, got rows of {sizes.tolist()}")
+    tokens = [ids[row, at : at + size] for row, (at, size) in enumerate(zip(first, sizes, strict=True))]
+    return Rows(tokens, first.tolist(), width)
+
+
+def assemble(store: TensorStore, layer: int, call: Call, rows: Rows, new: Tensor) -> Tensor:
+    """Store the new outputs and return all of them, [B, T, ...]; zero where the input is padded.
+
+    Args:
+        store: holds the outputs of cached tokens in ``layer``.
+        layer: the output layer.
+        call: the step.
+        rows: where the rows stand in the input.
+        new: [B, Tnew, ...], outputs of the step's tokens.
+    """
+    plan = call.plan
+    group = plan.groups[store.layout.group_of(layer)]
+    store.write(layer, "output", group.slots.reshape(-1), new.reshape(-1, 1, new[0, 0].numel()))
+    if rows.is_full and not plan.starts.any():
+        return new
+    size = store.layout.block_size
+    result = new.new_zeros(len(rows.tokens), rows.width, *new.shape[2:])
+    for row, at in enumerate(rows.first):
+        start, count = int(plan.starts[row]), int(plan.counts[row])
+        if start:
+            known = np.arange(start)
+            slots = group.block_tables[row, known // size].astype(np.int64) * size + known % size
+            stored = store.read(layer, "output", slots)
+            result[row, at : at + start] = stored.reshape(start, *new.shape[2:])
+        result[row, at + start : at + start + count] = new[row, :count]
+    return result
+
+
+def with_recomputed_gradient(cache: Any, original: Callable[..., Any], x: Tensor, rows: Rows, result: Tensor) -> Tensor:
+    """Let a cached result take part in autograd: backward runs the model once more, as outside."""
+
+    def forward() -> Tensor:
+        output: Tensor = original(x)
+        return rows.last_of(output) if cache.outputs == "last" else output
+
+    weights = [weight for weight in cache.model.parameters() if weight.requires_grad]
+    return _RecomputedGradient.apply(forward, result, *weights)  # type: ignore[no-any-return]
+
+
+class _RecomputedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, forward: Callable[[], Tensor], result: Tensor, *weights: Tensor) -> Tensor:
+        ctx.recompute = forward
+        ctx.save_for_backward(*weights)
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        with torch.enable_grad():
+            output = ctx.recompute()
+        grads = torch.autograd.grad(output, ctx.saved_tensors, grad, allow_unused=True)
+        return None, None, *grads

@@ -1,0 +1,523 @@
+"""What the adapters' caches share: sizes, attaching, ``with cache:``, transactions and statistics.
+
+An adapter subclasses :class:`FrontendCache` and supplies the tensors; nothing here knows a framework.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+import warnings
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kvcache_core.cache import BlockCache
+from kvcache_core.errors import CacheFull, InvalidInput, InvalidType, KVCacheWarning, UsageError
+from kvcache_core.layout import BlockLayout, LayerSpec
+from kvcache_core.plan import StepPlan
+from kvcache_core.sequence import Sequence as CachedSequence
+from kvcache_core.stats import CacheStats
+from kvcache_core.store import KVStore
+from kvcache_core.types import TokenIds
+
+__all__ = ["CacheDecoder", "Call", "FrontendCache", "ModelSpec", "parse_memory"]
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_memory(text: str | int) -> int:
+    """Bytes of ``"2GiB"``, ``"500 MB"`` or a plain number.
+
+    Raises:
+        InvalidInput: the text is no size, or not positive.
+
+    Example:
+        >>> parse_memory("2GiB"), parse_memory("1.5 kB")
+        (2147483648, 1500)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise InvalidInput(f"memory must be a size like '2GiB', '500MB' or a number of bytes, got {text!r}")
+    size = int(float(match[1]) * unit)
+    if size < 1:
+        raise InvalidInput(f"memory must be more than zero, got {text!r}")
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What an adapter has found out about a model.
+
+    Attributes:
+        layers: one spec per attention layer, in the order of their ``layer`` numbers.
+        dtype: the dtype of K and V.
+        output_shape: shape of the model's output per token, for example (V,).
+        output_dtype: its dtype.
+        vocab_size: ids must be below it; None if unknown.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    dtype: str
+    output_shape: tuple[int, ...]
+    output_dtype: str
+    vocab_size: int | None = None
+
+    @property
+    def output_size(self) -> int:
+        """Elements of the output per token."""
+        size = 1
+        for dimension in self.output_shape:
+            size *= dimension
+        return size
+
+
+@dataclass(slots=True)
+class Call:
+    """One ``model(x)`` under way inside ``with cache:``: its rows as sequences, and their step."""
+
+    seqs: list[CachedSequence]
+    plan: StepPlan
+    lengths: list[int]
+
+
+class FrontendCache(ABC):
+    """The base of both adapters' ``KVCache``.
+
+    Args:
+        size: capacity in blocks. Default 4096 when no ``memory`` is given.
+        memory: capacity in bytes instead, as a number or text like ``"2GiB"``.
+        block_size: tokens per block.
+        dtype: stored dtype of K and V; default is the model's.
+        salt: only caches and sequences with equal salt share results.
+
+    Raises:
+        InvalidInput: a size, memory or block size that is no positive amount, or both size and memory.
+    """
+
+    def __init__(
+        self,
+        size: int | None = None,
+        *,
+        memory: str | int | None = None,
+        block_size: int = 16,
+        dtype: Any = None,
+        salt: bytes = b"",
+    ) -> None:
+        if size is not None and memory is not None:
+            raise InvalidInput(f"give size (blocks) or memory (bytes), not both; got {size!r} and {memory!r}")
+        if size is None and memory is None:
+            size = 4096
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise InvalidInput(f"size must be a whole number of blocks, at least 1; got {size!r}")
+        if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+            raise InvalidInput(f"block_size must be a whole number of tokens, at least 1; got {block_size!r}")
+        if not isinstance(salt, bytes):
+            raise InvalidType(f"salt must be bytes, got {type(salt).__name__}")
+        self._size = size
+        self._memory = None if memory is None else parse_memory(memory)
+        self._block_size = block_size
+        self._dtype = None if dtype is None else self._dtype_name(dtype)
+        self.salt = salt
+        self.model: Any = None
+        self._served: Callable[[], Any] = lambda: None
+        self.outputs = "all"
+        self.identity: str | None = None
+        self.spec: ModelSpec | None = None
+        self._core: BlockCache | None = None
+        self._store: Any = None
+        self._epoch = 0
+        self._bypassed_calls = 0
+        self._bypassed_tokens = 0
+        self._saved_output_tokens = 0
+        self._warned: set[str] = set()
+        self._prepare_lock = threading.RLock()
+
+    # ---- what an adapter supplies --------------------------------------------------------------
+
+    @abstractmethod
+    def _dtype_name(self, dtype: Any) -> str:
+        """The core's name of a native or textual dtype; raises InvalidType."""
+
+    @abstractmethod
+    def _describe(self, model: Any) -> ModelSpec:
+        """Run the model on one token and report what its attention layers store."""
+
+    @abstractmethod
+    def _new_store(self, layout: BlockLayout, num_blocks: int) -> KVStore:
+        """Native storage for the layout."""
+
+    @abstractmethod
+    def _fingerprint(self, model: Any) -> bytes:
+        """Bytes that change when the model's weights change."""
+
+    @abstractmethod
+    def _install(self, model: Any) -> None:
+        """Route the model's calls through this cache while it is active."""
+
+    @abstractmethod
+    def _uninstall(self, model: Any) -> None:
+        """Give back exactly the model that was attached."""
+
+    @abstractmethod
+    def _active(self) -> Any:
+        """The cache whose ``with`` block this thread is in, or None."""
+
+    @abstractmethod
+    def _set_active(self, cache: Any) -> None:
+        """Set what :meth:`_active` returns for this thread."""
+
+    @abstractmethod
+    def _run_step(self, plan: StepPlan) -> Any:
+        """Run the model over a plan; returns logits [B, V] behind each row's last token, as numpy."""
+
+    # ---- attaching -----------------------------------------------------------------------------
+
+    def attach(self, model: Any, *, outputs: str = "all", identity: str | None = None) -> Any:
+        """Serve ``model`` from this cache inside ``with cache:``; returns the model.
+
+        Args:
+            model: a token model built from this adapter's ``attention`` and ``positions``.
+            outputs: ``"all"``: ``model(x)`` gives its full output, and outputs are stored to that end;
+                ``"last"``: it gives the last position only, [B, 1, ...], and no outputs are stored.
+            identity: a name for these weights, ``"name@version"``, instead of a digest of their content.
+
+        Raises:
+            UsageError: the model is attached to another cache, or this cache has another model.
+        """
+        if outputs not in ("all", "last"):
+            raise InvalidInput(f"outputs must be 'all' or 'last', got {outputs!r}")
+        other = attached_to(model)
+        if other is not None and other is not self:
+            raise UsageError("the model is attached to another cache; call that cache's detach() first")
+        if self.model is not None and self.model is not model:
+            raise UsageError("this cache has a model already; call detach() first, or make a second cache")
+        if self._served() is not model or outputs != self.outputs:
+            # Another model, or another layout: what is stored does not fit it.
+            self._core = self._store = self.spec = None
+        self._served = weakref.ref(model)
+        if other is None:
+            self._install(model)
+            _attached[id(model)] = (weakref.ref(model), weakref.ref(self))
+        self.model, self.outputs, self.identity = model, outputs, identity
+        return model
+
+    def detach(self) -> Any:
+        """Undo :meth:`attach`; returns the model as it was. What is cached stays, for when it is attached again."""
+        if self.model is None:
+            raise UsageError("no model is attached to this cache")
+        if self._active() is self:
+            raise UsageError("cannot detach inside `with cache:`; leave the block first")
+        model, self.model = self.model, None
+        self._uninstall(model)
+        _attached.pop(id(model), None)
+        return model
+
+    def __enter__(self) -> Any:
+        active = self._active()
+        if active is not None:
+            kind = "this cache is active already" if active is self else "another cache is active"
+            raise UsageError(f"caches cannot be nested: {kind} in this thread; leave its `with` block first")
+        self._check_attached()
+        self._set_active(self)
+        try:
+            self.refresh()
+        except BaseException:
+            self._set_active(None)
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._set_active(None)
+
+    def _check_attached(self) -> None:
+        if self.model is None:
+            raise UsageError("no model is attached: call cache.attach(model) before `with cache:`")
+
+    # ---- the core behind it --------------------------------------------------------------------
+
+    @property
+    def core(self) -> BlockCache:
+        """The bookkeeping; made at the first use, when the model's layout is known."""
+        self._prepare()
+        if self._core is None:
+            raise UsageError("no model is attached: call cache.attach(model) first")
+        return self._core
+
+    @property
+    def store(self) -> Any:
+        """The native tensors; made at the first use."""
+        self._prepare()
+        return self._store
+
+    @property
+    def exact(self) -> bool:
+        """Whether stored values are what the model computed: no lossy dtype."""
+        return self.spec is None or self._dtype is None or self._dtype == self.spec.dtype
+
+    def _prepare(self) -> None:
+        if self._core is not None:
+            return
+        with self._prepare_lock:
+            if self._core is not None:
+                return
+            self._check_attached()
+            self.spec = self._describe(self.model)
+            layers = self.spec.layers
+            if self.outputs == "all":
+                layers += (LayerSpec.output(self.spec.output_size, self.spec.output_dtype),)
+            layout = BlockLayout(layers, self._block_size, self._dtype or self.spec.dtype)
+            num_blocks = self._blocks_in(layout) if self._memory is not None else self._size
+            self._store = self._new_store(layout, int(num_blocks or 0))
+            namespace = self._namespace(layout)
+            self._core = BlockCache(int(num_blocks or 0), layout=layout, namespace=namespace)
+
+    def _blocks_in(self, layout: BlockLayout, memory: int | None = None) -> int:
+        memory = self._memory if memory is None else memory
+        # One block more than the usable ones: the null block.
+        blocks = (memory or 0) // layout.bytes_per_block - 1
+        if blocks < 1:
+            raise InvalidInput(
+                f"memory={memory} bytes holds no block: two blocks of {layout.block_size} tokens need "
+                f"{2 * layout.bytes_per_block} bytes"
+            )
+        return blocks
+
+    def refresh(self) -> None:
+        """Notice changed weights: from then on nothing computed with the old ones is found."""
+        if self._core is None:
+            self._prepare()
+        elif self._core.layout is not None:
+            self._core.namespace = self._namespace(self._core.layout)
+
+    def _namespace(self, layout: BlockLayout) -> bytes:
+        """16 bytes that stand for the weights, the layout and how often the cache was invalidated."""
+        digest = hashlib.blake2b(digest_size=16)
+        fields = [
+            (self.identity or "").encode(),
+            self._fingerprint(self.model),
+            layout.digest,
+            str(self._epoch).encode(),
+        ]
+        for field in fields:
+            digest.update(len(field).to_bytes(8, "little") + field)
+        return digest.digest()
+
+    def invalidate(self) -> None:
+        """Never find anything again that was computed before now."""
+        self._epoch += 1
+        if self._core is not None and self.model is not None:
+            self.refresh()
+
+    # ---- sequences and steps -------------------------------------------------------------------
+
+    def open(self, token_ids: TokenIds, *, max_new_tokens: int = 0) -> CachedSequence:
+        """Start a sequence with whatever head of ``token_ids`` is cached; step the rest.
+
+        Raises:
+            InvalidInput: no tokens, or ids that are no integers or outside the vocabulary.
+        """
+        self.check_vocabulary(token_ids)
+        return self.core.open(token_ids, self.salt, max_new_tokens=max_new_tokens)
+
+    def step(self, seqs: Sequence[CachedSequence], token_ids: Sequence[TokenIds]) -> Any:
+        """Append tokens to each sequence and run the model on them.
+
+        Returns:
+            Logits [B, V] behind each row's last token, as a numpy array.
+
+        Raises:
+            CacheFull: no room; nothing was changed. Any error of the model leaves the cache as it was.
+        """
+        for ids in token_ids:
+            self.check_vocabulary(ids)
+        with self.transaction(seqs, token_ids) as plan:
+            return self._run_step(plan)
+
+    @contextmanager
+    def transaction(self, seqs: Sequence[CachedSequence], token_ids: Sequence[TokenIds]) -> Iterator[StepPlan]:
+        """Plan a step; commit it when the block ends, roll it back when the block raises."""
+        core = self.core
+        plan = core.plan(seqs, token_ids)
+        try:
+            yield plan
+        except BaseException:
+            core.rollback(plan)
+            raise
+        core.commit(plan)
+
+    @contextmanager
+    def call(self, rows: Sequence[TokenIds]) -> Iterator[Call | None]:
+        """One ``model(x)``: open every row, plan what is missing, and publish it when the block ends.
+
+        Yields None when there is no room: the caller then computes as outside.
+        """
+        core = self.core
+        outputs = self.outputs == "all"
+        seqs: list[CachedSequence] = []
+        try:
+            seqs.extend(core.open(row, self.salt, outputs=outputs) for row in rows)
+            lengths = [len(row) for row in rows]
+            try:
+                plan = core.plan(seqs, [row[seq.num_cached :] for row, seq in zip(rows, seqs, strict=True)])
+            except CacheFull as full:
+                self.bypass(sum(lengths), f"the cache has no room for it ({full})")
+                yield None
+                return
+            try:
+                yield Call(seqs, plan, lengths)
+            except BaseException:
+                core.rollback(plan)
+                raise
+            core.commit(plan)
+            if outputs:
+                self._saved_output_tokens += sum(seq.num_cached for seq in seqs)
+        finally:
+            for seq in seqs:
+                core.close(seq)
+
+    def bypass(self, tokens: int, reason: str) -> None:
+        """Count a call that is computed as outside, and say so once per reason."""
+        self._bypassed_calls += 1
+        self._bypassed_tokens += tokens
+        kind = reason.split("(", 1)[0]
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"computed without the cache: {reason}", KVCacheWarning, stacklevel=3)
+
+    def check_vocabulary(self, token_ids: TokenIds) -> None:
+        """Raise InvalidInput for ids that the model's embedding does not have."""
+        self._prepare()
+        vocab = self.spec.vocab_size if self.spec else None
+        if vocab is None or not len(token_ids):
+            return
+        try:
+            largest = max(token_ids)
+        except (TypeError, ValueError):
+            return
+        if largest >= vocab:
+            raise InvalidInput(f"token ids must be 0 .. {vocab - 1} for this model, got {largest}")
+
+    # ---- housekeeping --------------------------------------------------------------------------
+
+    def warm(self, prompts: Sequence[TokenIds]) -> int:
+        """Compute prompts before traffic comes; returns how many tokens were not cached yet."""
+        computed = 0
+        self.refresh()
+        for prompt in prompts:
+            seq = self.open(prompt)
+            try:
+                rest = prompt[seq.num_cached :]
+                computed += len(rest)
+                self.step([seq], [rest])
+            finally:
+                seq.close()
+        return computed
+
+    def resize(self, size: int | None = None, *, memory: str | int | None = None) -> None:
+        """Change the capacity while it is in use, in blocks or bytes. Shrinking evicts; nothing in use is lost.
+
+        Raises:
+            CacheFull: open sequences hold more than that; nothing was changed.
+            InvalidInput: no positive amount, or both given.
+        """
+        if (size is None) == (memory is None):
+            raise InvalidInput(f"give size (blocks) or memory (bytes); got {size!r} and {memory!r}")
+        if isinstance(size, str):
+            size, memory = None, size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise InvalidInput(f"size must be a whole number of blocks, at least 1; got {size!r}")
+        if self._core is None:
+            self._size, self._memory = size, None if memory is None else parse_memory(memory)
+            return
+        if memory is not None and self._core.layout is not None:
+            size = self._blocks_in(self._core.layout, parse_memory(memory))
+        with self._core.lock:
+            results = self._core.resize(int(size or 0))
+            self._store.resize(int(size or 0), [result.moves for result in results])
+
+    def clear(self) -> None:
+        """Drop everything cached that no open sequence holds."""
+        if self._core is not None:
+            self._core.clear()
+
+    def stats(self) -> CacheStats:
+        """Counters and contents; zeros before the first use."""
+        if self._core is None:
+            stats = CacheStats(block_size=self._block_size, num_blocks=self._size or 0)
+        else:
+            stats = replace(self._core.stats(), bytes=self._store.nbytes)
+        return replace(
+            stats,
+            bypassed_calls=self._bypassed_calls,
+            bypassed_tokens=self._bypassed_tokens,
+            saved_output_tokens=self._saved_output_tokens,
+        )
+
+
+class CacheDecoder:
+    """Generation's view of a cache (:class:`kvcache_core.generation.Decoder`)."""
+
+    def __init__(self, cache: FrontendCache) -> None:
+        self._cache = cache
+        self._block_size = cache.core.block_size
+
+    def open(self, tokens: Sequence[int], max_new_tokens: int) -> CachedSequence:
+        """Open a sequence, with room reserved for what it will generate."""
+        return self._cache.open(tokens, max_new_tokens=max_new_tokens)
+
+    def step(self, seqs: Sequence[CachedSequence], tokens: Sequence[TokenIds]) -> Any:
+        """Logits [B, V] behind each row's last token."""
+        return self._cache.step(seqs, tokens)
+
+    def cached_length(self, tokens: Sequence[int]) -> int:
+        """How many leading tokens are in the cache now."""
+        return self._cache.core.cached_length(tokens, self._cache.salt)
+
+    def fits(self, running: Sequence[tuple[int, int]]) -> bool:
+        """Whether rows of (prompt tokens, new tokens) fit, if they share nothing."""
+        return self._needed(running) <= self._cache.core.num_blocks
+
+    def check_fits(self, prompt: int, new: int, copies: int) -> None:
+        """Raise CacheFull if the prompt cannot run even alone."""
+        needed = self._needed([(prompt, new)]) + (copies - 1) * (self._blocks(new) + 1)
+        capacity = self._cache.core.num_blocks
+        if needed > capacity:
+            raise CacheFull(
+                f"a prompt of {prompt} tokens with {new} new tokens needs {needed} blocks of "
+                f"{self._block_size} tokens; the whole cache has {capacity}; make it larger (size= or memory=) "
+                "or shorten the prompt",
+                needed=needed,
+                available=capacity,
+                capacity=capacity,
+            )
+
+    def _needed(self, rows: Sequence[tuple[int, int]]) -> int:
+        """Blocks in the layer group that needs most."""
+        groups = [group for group in self._cache.core.groups if group.kind != "output"]
+        return max(sum(self._blocks(self._kept(*row, group.window)) for row in rows) for group in groups)
+
+    def _kept(self, prompt: int, new: int, window: int | None) -> int:
+        """Tokens a row holds at most: all, or its prompt and then its window."""
+        total = prompt + new
+        return total if window is None else min(total, max(prompt, window) + 2 * self._block_size)
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self._block_size)
+
+
+_attached: dict[int, tuple[weakref.ref[Any], weakref.ref[FrontendCache]]] = {}
+
+
+def attached_to(model: Any) -> FrontendCache | None:
+    """The cache that the model is attached to."""
+    entry = _attached.get(id(model))
+    if entry is None or entry[0]() is not model:
+        return None
+    return entry[1]()
