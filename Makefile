@@ -30,8 +30,8 @@ help:  ## this list
 venv: $(STAMP)  ## make .venv with the tested set
 
 $(STAMP): pyproject.toml constraints.txt Makefile
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo 'make: the tested set (constraints.txt) needs Python 3.11 or newer, and "$(PYTHON)" is' \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo 'make: Python 3.10 or newer is needed, and "$(PYTHON)" is' \
 	    "$$($(PYTHON) -V 2>/dev/null || echo missing). Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@test -x $(PY) && $(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { \
 	  echo 'make: "$(PYTHON) -m venv" failed; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }

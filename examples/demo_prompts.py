@@ -29,6 +29,6 @@ You are the help desk of Harbour Ferries. Answer in one short sentence with the 
 
 QUESTIONS = [
     "How long does the crossing take?",
-    "How much does a bicycle cost?",
-    "What does the cafe on board sell?",
+    "How much does a return ticket cost?",
+    "When does the ferry sail in winter?",
 ]

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
+
 from kvcache_keras import attention, positions, select_outputs
 from smollm2 import Checkpoint, LlamaConfig
 
@@ -30,12 +31,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def logits(x: Tensor, table: Tensor) -> Tensor:
-    """x [N, C] times table [V, C]: [N, V].
+    """x [B, T, C] times table [V, C]: [B, T, V].
 
     For the few rows of a decode step the table goes on the left: the usual order reads it up to nine times slower
     from two rows on.
     """
-    return tf.transpose(tf.matmul(table, x, transpose_b=True))
+    batch, length, size = ops.shape(x)
+    y = tf.transpose(tf.matmul(table, ops.reshape(x, (-1, size)), transpose_b=True))
+    return ops.reshape(y, (batch, length, table.shape[0]))
 
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -57,7 +60,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Block(keras.layers.Layer):
-    """One decoder layer: [N, C] -> [N, C], rows of B * T tokens."""
+    """One decoder layer: [B, T, C] -> [B, T, C]; inside, the tokens of all rows stand in one list, N = B * T."""
 
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
@@ -70,18 +73,21 @@ class Block(keras.layers.Layer):
         self.down = weight(self, config.intermediate_size, config.hidden_size)
         self.built = True  # else Keras traces the layer three times to find out what to build
 
-    def call(self, x: Tensor, shape: tuple[Any, Any], cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attend(rms_norm(x, self.norm1, self.config.norm_eps), shape, cos, sin)
-        return x + self.feed_forward(rms_norm(x, self.norm2, self.config.norm_eps))
+    def call(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, length, size = ops.shape(x)
+        x = ops.reshape(x, (batch * length, size))
+        x = x + self.attend(rms_norm(x, self.norm1, self.config.norm_eps), batch, length, cos, sin)
+        x = x + self.feed_forward(rms_norm(x, self.norm2, self.config.norm_eps))
+        return ops.reshape(x, (batch, length, size))
 
-    def attend(self, x: Tensor, shape: tuple[Any, Any], cos: Tensor, sin: Tensor) -> Tensor:
+    def attend(self, x: Tensor, batch: Any, length: Any, cos: Tensor, sin: Tensor) -> Tensor:
         """Grouped-query attention with rotary positions."""
         heads, kv_heads, size = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        qkv = ops.reshape(linear(x, self.qkv), (*shape, heads + 2 * kv_heads, size))
+        qkv = ops.reshape(linear(x, self.qkv), (batch, length, heads + 2 * kv_heads, size))
         qk, v = tf.split(qkv, (heads + kv_heads, kv_heads), axis=2)
         q, k = tf.split(rotate(qk, cos, sin), (heads, kv_heads), axis=2)
         y = attention(q, k, v, layer=self.index)  # [B, T, H, D]
-        return linear(ops.reshape(y, (shape[0] * shape[1], heads * size)), self.out)
+        return linear(ops.reshape(y, (batch * length, heads * size)), self.out)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """SwiGLU."""
@@ -102,16 +108,12 @@ class Llama(keras.Model):
         self.built = True
 
     def call(self, x: Tensor) -> Tensor:
-        batch, length = ops.shape(x)
-        cos, sin = rotary(positions(length), self.config.frequencies)
-        h = tf.gather(self.embed, tf.reshape(x, (-1,)))
+        cos, sin = rotary(positions(ops.shape(x)[1]), self.config.frequencies)
+        h = tf.gather(self.embed, x)
         for block in self.blocks:
-            h = block(h, shape=(batch, length), cos=cos, sin=sin)
-        h = ops.reshape(h, (batch, length, self.config.hidden_size))
-        h = select_outputs(h)  # a cached prefill asks only for the last token's logits
-        h = rms_norm(h, self.norm, self.config.norm_eps)
-        y = logits(ops.reshape(h, (-1, self.config.hidden_size)), self.head)
-        return ops.reshape(y, (batch, -1, self.config.vocab_size))
+            h = block(h, cos, sin)
+        h = rms_norm(select_outputs(h), self.norm, self.config.norm_eps)  # a prefill needs each row's last token only
+        return logits(h, self.head)
 
 
 def load_weights(model: Llama, weights: dict[str, np.ndarray]) -> Llama:

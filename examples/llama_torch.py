@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from kvcache_torch import attention, positions, select_outputs
-from smollm2 import Checkpoint, LlamaConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from kvcache_torch import attention, positions, select_outputs
+from smollm2 import Checkpoint, LlamaConfig
 
 
 def weight(*shape: int) -> nn.Parameter:
@@ -48,7 +49,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """One decoder layer: [N, C] -> [N, C], rows of B * T tokens."""
+    """One decoder layer: [B, T, C] -> [B, T, C]; inside, the tokens of all rows stand in one list, N = B * T."""
 
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
@@ -60,18 +61,21 @@ class Block(nn.Module):
         self.gate_up = weight(2 * config.intermediate_size, config.hidden_size)
         self.down = weight(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, shape: tuple[int, int], cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attend(rms_norm(x, self.norm1, self.config.norm_eps), shape, cos, sin)
-        return x + self.feed_forward(rms_norm(x, self.norm2, self.config.norm_eps))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, length, size = x.shape
+        x = x.reshape(batch * length, size)
+        x = x + self.attend(rms_norm(x, self.norm1, self.config.norm_eps), batch, length, cos, sin)
+        x = x + self.feed_forward(rms_norm(x, self.norm2, self.config.norm_eps))
+        return x.view(batch, length, size)
 
-    def attend(self, x: Tensor, shape: tuple[int, int], cos: Tensor, sin: Tensor) -> Tensor:
+    def attend(self, x: Tensor, batch: int, length: int, cos: Tensor, sin: Tensor) -> Tensor:
         """Grouped-query attention with rotary positions."""
         heads, kv_heads, size = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        qkv = linear(x, self.qkv).view(*shape, heads + 2 * kv_heads, size).transpose(1, 2)
+        qkv = linear(x, self.qkv).view(batch, length, heads + 2 * kv_heads, size).transpose(1, 2)
         qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
         q, k = rotate(qk, cos, sin).split((heads, kv_heads), dim=1)
         y = attention(q, k, v, layer=self.index)  # [B, H, T, D]
-        return linear(y.transpose(1, 2).reshape(shape[0] * shape[1], heads * size), self.out)
+        return linear(y.transpose(1, 2).reshape(batch * length, heads * size), self.out)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """SwiGLU."""
@@ -92,14 +96,12 @@ class Llama(nn.Module):
         self.register_buffer("frequencies", torch.from_numpy(config.frequencies), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length = x.shape
-        cos, sin = rotary(positions(length, device=x.device), self.frequencies)
-        h = self.embed(x.flatten())
+        cos, sin = rotary(positions(x.shape[1], device=x.device), self.frequencies)
+        h = self.embed(x)
         for block in self.blocks:
-            h = block(h, shape=(batch, length), cos=cos, sin=sin)
-        h = select_outputs(h.view(batch, length, -1))  # a cached prefill asks only for the last token's logits
-        h = rms_norm(h, self.norm, self.config.norm_eps)
-        return linear(h.flatten(0, 1), self.head).view(batch, h.shape[1], -1)
+            h = block(h, cos, sin)
+        h = rms_norm(select_outputs(h), self.norm, self.config.norm_eps)  # a prefill needs each row's last token only
+        return linear(h.flatten(0, 1), self.head).view(*h.shape[:2], -1)
 
 
 def load_weights(model: Llama, weights: dict[str, np.ndarray]) -> Llama:

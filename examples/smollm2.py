@@ -232,9 +232,8 @@ def build_tokenizer(said: dict[str, Any]) -> Tokenizer:
     tokens, control = said["tokenizer.ggml.tokens"], 3
     merges = [tuple(merge.split(" ", 1)) for merge in said["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    kinds = said["tokenizer.ggml.token_type"]
-    special = [AddedToken(t, normalized=False, special=True) for t, k in zip(tokens, kinds, strict=True) if k == control]
-    tokenizer.add_special_tokens(special)
+    special = [token for token, kind in zip(tokens, said["tokenizer.ggml.token_type"], strict=True) if kind == control]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = [pre_tokenizers.Digits(individual_digits=True)] * (said.get("tokenizer.ggml.pre") == "smollm")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 from keras import layers, ops
+
 from kvcache_keras import KVCache, attention, generate, positions
 
 VOCAB, HEADS, SIZE, LONGEST = 100, 4, 16, 256
@@ -44,7 +45,7 @@ model = Tiny()
 cache = KVCache(size=256)
 cache.attach(model)
 
-x = np.random.randint(VOCAB, size=(2, 40))
+x = np.random.default_rng(0).integers(VOCAB, size=(2, 40))
 plain = model(x)
 for _ in range(2):  # the second time, 39 of each row's 40 tokens are found
     with cache:

@@ -1,8 +1,9 @@
 """The smallest whole use in PyTorch: write a model, attach a cache, run it, generate. Beside it: tiny_keras.py."""
 
 import torch
-from kvcache_torch import KVCache, attention, generate, positions
 from torch import nn
+
+from kvcache_torch import KVCache, attention, generate, positions
 
 VOCAB, HEADS, SIZE, LONGEST = 100, 4, 16, 256
 
@@ -48,7 +49,8 @@ plain = model(x)
 for _ in range(2):  # the second time, 39 of each row's 40 tokens are found
     with torch.inference_mode(), cache:
         cached = model(x)
-    print(f"largest difference {(cached - plain).abs().max():.1e}, {cache.stats().hit_tokens} tokens not computed again")
+    difference = (cached - plain).abs().max()
+    print(f"largest difference {difference:.1e}, {cache.stats().hit_tokens} tokens not computed again")
 
 prompts = [[1, 2, 3] * 10, [1, 2, 3] * 10 + [4, 5]]
 with_cache = generate(model, prompts, max_new_tokens=8, cache=cache)

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from kvcache_core.cache import BlockCache
 from kvcache_core.errors import CacheFull, InvalidInput, InvalidType, KVCacheWarning, UsageError
 from kvcache_core.layout import BlockLayout, LayerSpec
@@ -177,6 +179,22 @@ class FrontendCache(ABC):
     def _run_step(self, plan: StepPlan) -> Any:
         """Run the model over a plan; returns logits [B, V] behind each row's last token, as numpy."""
 
+    # ---- what an adapter may supply, for kvcache_core.testing -------------------------------------
+
+    def native_ids(self, ids: Any) -> Any:
+        """Numpy ids [B, T] as the model takes them."""
+        return ids
+
+    def to_numpy(self, output: Any) -> Any:
+        """A model's output as a numpy float64 array."""
+        return np.asarray(output).astype(np.float64)
+
+    def float64_model(self) -> Callable[[Any], Any] | None:
+        """The attached model in float64 and without a cache, numpy ids [B, T] -> numpy [B, T, ...]; None where the
+        framework or the model cannot.
+        """
+        return None
+
     # ---- attaching -----------------------------------------------------------------------------
 
     def attach(self, model: Any, *, outputs: str = "all", identity: str | None = None) -> Any:
@@ -323,6 +341,11 @@ class FrontendCache(ABC):
         Raises:
             InvalidInput: no tokens, or ids that are no integers or outside the vocabulary.
         """
+        self.refresh()
+        return self.open_fresh(token_ids, max_new_tokens)
+
+    def open_fresh(self, token_ids: TokenIds, max_new_tokens: int = 0) -> CachedSequence:
+        """:meth:`open` for a caller that has just called :meth:`refresh`."""
         self.check_vocabulary(token_ids)
         return self.core.open(token_ids, self.salt, max_new_tokens=max_new_tokens)
 
@@ -470,7 +493,7 @@ class CacheDecoder:
 
     def open(self, tokens: Sequence[int], max_new_tokens: int) -> CachedSequence:
         """Open a sequence, with room reserved for what it will generate."""
-        return self._cache.open(tokens, max_new_tokens=max_new_tokens)
+        return self._cache.open_fresh(tokens, max_new_tokens)
 
     def step(self, seqs: Sequence[CachedSequence], tokens: Sequence[TokenIds]) -> Any:
         """Logits [B, V] behind each row's last token."""

@@ -205,9 +205,7 @@ class BlockPool:
     def check_valid(self) -> None:
         """Assert every invariant of the class docstring; expensive, for tests."""
         free = sum(self._is_free)
-        cached = sum(
-            1 for block in range(1, self.num_blocks + 1) if self._findable[block] and not self._refs[block]
-        )
+        cached = sum(1 for block in range(1, self.num_blocks + 1) if self._findable[block] and not self._refs[block])
         live = sum(1 for block in range(1, self.num_blocks + 1) if self._refs[block])
         assert (free, cached, live) == (self.num_free, self.num_cached, self.num_live)
         assert all(

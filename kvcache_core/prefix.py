@@ -95,9 +95,7 @@ class PrefixIndex:
         node = self._by_key.get(key)
         return None if node is None else NodeId(node)
 
-    def keys(
-        self, parent_key: bytes, tokens: bytes, start_block: int, extra_keys: _Extras = _NO_EXTRAS
-    ) -> list[bytes]:
+    def keys(self, parent_key: bytes, tokens: bytes, start_block: int, extra_keys: _Extras = _NO_EXTRAS) -> list[bytes]:
         """The keys of the full blocks in ``tokens`` (int32 bytes), which start at block ``start_block``."""
         width = 4 * self.block_size
         keys = []
@@ -122,9 +120,7 @@ class PrefixIndex:
             if first <= position < first + self.block_size
         }
 
-    def heads(
-        self, parent: int, tokens: array[int], extras: _Extras = _NO_EXTRAS
-    ) -> Iterator[tuple[int, NodeId]]:
+    def heads(self, parent: int, tokens: array[int], extras: _Extras = _NO_EXTRAS) -> Iterator[tuple[int, NodeId]]:
         """Children of ``parent`` that start like ``tokens``: (shared tokens, node), longest first."""
         found = [
             (self._shared(node, tokens, extras), node)

@@ -41,10 +41,7 @@ class Transactions:
             for seq in stealable[:short]:
                 self._take_over_tail(seq)
         wanted = self._ahead(rows)
-        return [
-            self._reserve_row(seq, tokens, ahead)
-            for (seq, tokens), ahead in zip(rows, wanted, strict=True)
-        ]
+        return [self._reserve_row(seq, tokens, ahead) for (seq, tokens), ahead in zip(rows, wanted, strict=True)]
 
     def fits_unreserved(self, rows: _Sequence[tuple[Sequence, array[int]]], seqs: Iterable[Sequence]) -> bool:
         """Whether the rows would fit if ``seqs`` gave back what they reserved ahead."""
@@ -117,8 +114,7 @@ class Transactions:
         wanted = [max(seq.max_length, seq.length + len(tokens)) for seq, tokens in rows]
         for number, group in self._groups_of(rows):
             total = sum(
-                self._needed(seq, length - seq.length, number)
-                for (seq, _), length in zip(rows, wanted, strict=True)
+                self._needed(seq, length - seq.length, number) for (seq, _), length in zip(rows, wanted, strict=True)
             )
             if total > group.pool.num_available:
                 return [seq.length + len(tokens) for seq, tokens in rows]
@@ -160,9 +156,7 @@ class Transactions:
 
     def _held_alone(self, seq: Sequence) -> bool:
         at = seq.length // self.block_size
-        return all(
-            group.pool.refs(table[at]) == 1 for group, table in zip(self.groups, seq.tables, strict=False)
-        )
+        return all(group.pool.refs(table[at]) == 1 for group, table in zip(self.groups, seq.tables, strict=False))
 
     def _take_over_tail(self, seq: Sequence) -> None:
         """Turn a findable tail that only ``seq`` holds into its own open tail: it is evicted in place."""

@@ -219,9 +219,7 @@ class NumpyOps:
 
     def rotary(self, positions: Any, size: int) -> tuple[Any, Any]:
         """(cos, sin), each [B, T, 1, size / 2], of position * 100 ** (-2i / size)."""
-        frequencies = np.exp(
-            np.arange(0, size, 2).astype(self.dtype) * self.dtype.type(-np.log(100.0) / size)
-        )
+        frequencies = np.exp(np.arange(0, size, 2).astype(self.dtype) * self.dtype.type(-np.log(100.0) / size))
         angles = positions[:, :, None, None].astype(self.dtype) * frequencies
         return np.cos(angles), np.sin(angles)
 
@@ -266,9 +264,7 @@ class Backend(Protocol):
 
     core: BlockCache
 
-    def step(
-        self, seqs: list[CachedSequence], token_lists: list[list[int]], fail: int | None = None
-    ) -> np.ndarray:
+    def step(self, seqs: list[CachedSequence], token_lists: list[list[int]], fail: int | None = None) -> np.ndarray:
         """Append tokens to each row: logits [B, T, V] padded on the right, or [B, V] behind the last tokens."""
 
     def uncached(self, tokens: list[int]) -> np.ndarray:
@@ -290,9 +286,7 @@ class NumpyBackend:
             # Whoever reads a slot that no token was written to gets NaN.
             array.fill(np.nan)
 
-    def step(
-        self, seqs: list[CachedSequence], token_lists: list[list[int]], fail: int | None = None
-    ) -> np.ndarray:
+    def step(self, seqs: list[CachedSequence], token_lists: list[list[int]], fail: int | None = None) -> np.ndarray:
         plan = self.core.plan(seqs, token_lists)
 
         def attention(layer: int, q: Any, k: Any, v: Any) -> Any:
@@ -385,9 +379,7 @@ def scripts(*, max_actions: int = 30, max_rows: int = 4, min_blocks: int = 4, ma
     rows = st.lists(row, min_size=1, max_size=max_rows).map(tuple)
     tail = st.lists(st.integers(0, 10), min_size=1, max_size=6).map(tuple)
     sizes = st.integers(min_blocks, max_blocks)
-    opened = st.tuples(
-        st.just("open"), st.integers(0, 1), st.integers(0, 40), tail, st.sampled_from([0, 0, 0, 1])
-    )
+    opened = st.tuples(st.just("open"), st.integers(0, 1), st.integers(0, 40), tail, st.sampled_from([0, 0, 0, 1]))
     stepped = st.tuples(st.just("step"), rows)
     reopened = st.tuples(st.just("reopen"), which, st.integers(0, 6), tail)
     closed = st.tuples(st.just("close"), which)
@@ -536,9 +528,7 @@ class Driver:
 
     def _snapshot(self, names: tuple[str, ...] = ("live_blocks", "open_sequences")) -> Any:
         stats = self.backend.core.stats()
-        return [getattr(stats, name) for name in names], [
-            (one.seq.length, one.seq.tokens) for one in self.running
-        ]
+        return [getattr(stats, name) for name in names], [(one.seq.length, one.seq.tokens) for one in self.running]
 
     def _fork(self, which: int) -> None:
         if not self.running or len(self.running) >= self.max_open:
@@ -593,9 +583,7 @@ class Driver:
         longest = _longest({record.tokens for record in self.records})
         mine = [np.asarray(self.backend.uncached(list(full))).astype(np.longdouble) for full in longest]
         wide = WIDER or self.config.dtype != "float64"
-        exact = (
-            [run_uncached(self.config, weights, full, np.longdouble) for full in longest] if wide else mine
-        )
+        exact = [run_uncached(self.config, weights, full, np.longdouble) for full in longest] if wide else mine
         magnitude = max(float(np.abs(one).max()) for one in exact)
         cached_error, worst = self._cached_error(longest, exact)
         ulps = 1 if wide else FLOAT64_FALLBACK_ULPS
@@ -614,9 +602,7 @@ class Driver:
         )
         self.counts["outputs compared"] += len(self.records)
 
-    def _cached_error(
-        self, longest: list[tuple[int, ...]], exact: list[np.ndarray]
-    ) -> tuple[float, Record | None]:
+    def _cached_error(self, longest: list[tuple[int, ...]], exact: list[np.ndarray]) -> tuple[float, Record | None]:
         largest, worst = 0.0, None
         for full, true in zip(longest, exact, strict=True):
             for record in self.records:
@@ -636,10 +622,7 @@ def _permuted(config: DecoderConfig, weights: Weights, seed: int) -> dict[str, A
     """The same model with its hidden units in another order: equal mathematics, other rounding."""
     order = np.random.default_rng(seed).permutation(config.width)
     rows = ("q", "k", "v", "up", "head")
-    return {
-        name: value[order] if name.split(".")[-1] in rows else value[:, order]
-        for name, value in weights.items()
-    }
+    return {name: value[order] if name.split(".")[-1] in rows else value[:, order] for name, value in weights.items()}
 
 
 def _longest(runs: set[tuple[int, ...]]) -> list[tuple[int, ...]]:

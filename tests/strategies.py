@@ -53,9 +53,7 @@ def common_head(left: Any, right: Any) -> int:
 def lru_order(pool: BlockPool) -> list[int]:
     """The cached blocks, next to be evicted first."""
     last = {block: at for at, block in enumerate(pool._releases)}
-    cached = [
-        block for block in range(1, pool.num_blocks + 1) if pool.is_findable(block) and not pool.refs(block)
-    ]
+    cached = [block for block in range(1, pool.num_blocks + 1) if pool.is_findable(block) and not pool.refs(block)]
     return sorted(cached, key=last.__getitem__)
 
 

@@ -96,7 +96,8 @@ def _attend(
     softcap: float | None,
 ) -> Tensor:
     """The step's attention as one opaque operation: a compiled model needs no new graph for a new step."""
-    return local.step.attend(q, k, v, layer, window, scale, softcap)
+    # Contiguous, because the compiler plans with the strides that the fake below announces.
+    return local.step.attend(q, k, v, layer, window, scale, softcap).contiguous()
 
 
 @_attend.register_fake

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -132,6 +133,28 @@ class KVCache(FrontendCache):
     def recompute(self, rows: list[list[int]]) -> np.ndarray[Any, Any]:
         """Logits behind each row's last token, without the cache."""
         return recompute(self._original, _device_of(self.model), rows)
+
+    def native_ids(self, ids: np.ndarray[Any, Any]) -> Tensor:
+        """Numpy ids [B, T] as a tensor on the model's device."""
+        return torch.from_numpy(ids).to(_device_of(self.model))
+
+    def to_numpy(self, output: Tensor) -> np.ndarray[Any, Any]:
+        """A model's output as a numpy float64 array."""
+        return output.detach().double().cpu().numpy()
+
+    def float64_model(self) -> Callable[[Any], Any] | None:
+        """A copy of the attached model in float64, or None where it does not run so."""
+        plain = copy.deepcopy(getattr(self.model, "_orig_mod", self.model)).double()
+
+        def run(ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            with torch.no_grad():
+                return self.to_numpy(plain(self.native_ids(ids)))
+
+        try:
+            run(np.zeros((1, 1), np.int64))
+        except RuntimeError:  # somewhere the model asks for a dtype by name
+            return None
+        return run
 
     def transparent_call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``model(x)`` inside ``with cache:``."""

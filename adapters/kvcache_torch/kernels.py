@@ -121,6 +121,8 @@ def attend_context_and_new(
 def _with_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
     """Attention and the log-sum-exp of its scores, [B, H, T]."""
     if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
+        # The operation below reads a head's elements as adjacent and does not check that they are.
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         result = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         return result[0], result[1]
     return _portable_with_lse(q, k, v, causal, scale)

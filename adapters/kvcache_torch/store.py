@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,8 +85,8 @@ class TensorStore:
             InvalidInput: the values' shape is not the layout's.
         """
         array = self.array(layer, name)
-        slots = torch.as_tensor(slots, dtype=torch.int64, device=self.device)
-        values = torch.as_tensor(values, device=self.device)
+        slots = _tensor(slots).to(self.device, torch.int64)
+        values = _tensor(values).to(self.device)
         expected = (len(slots), array.shape[0], array.shape[2])
         if tuple(values.shape) != expected:
             raise InvalidInput(f"layer {layer} array {name!r} stores [N, H, D] = {expected}, got {tuple(values.shape)}")
@@ -94,14 +95,14 @@ class TensorStore:
 
     def read(self, layer: int, name: str, slots: Any) -> Tensor:
         """Read [N, H, D] from ``slots`` [N]."""
-        slots = torch.as_tensor(slots, dtype=torch.int64, device=self.device)
+        slots = _tensor(slots).to(self.device, torch.int64)
         return self.array(layer, name).index_select(1, slots).transpose(0, 1)
 
     def copy_blocks(self, group: int, pairs: Any) -> None:
         """Copy whole blocks; ``pairs`` is [C, 2] of (source, destination)."""
         if not len(pairs):
             return
-        pairs = torch.as_tensor(pairs, dtype=torch.int64, device=self.device)
+        pairs = _tensor(pairs).to(self.device, torch.int64)
         for key, array in self._arrays.items():
             if self.layout.group_of(key[0]) == group:
                 blocks = self._blocks(array)
@@ -121,7 +122,7 @@ class TensorStore:
     def import_block(self, group: int, block: int, content: BlockBytes) -> None:
         """The reverse of :meth:`export_block`."""
         for key, values in content.items():
-            tensor = torch.as_tensor(values)
+            tensor = _tensor(values)
             if self.layout.array_dtype(self._specs[key]) == "bfloat16":
                 tensor = tensor.view(torch.bfloat16)
             self._blocks(self.array(*key))[:, block].copy_(tensor.transpose(0, 1))
@@ -150,3 +151,10 @@ class TensorStore:
     def _blocks(self, array: Tensor) -> Tensor:
         """The same memory seen as [H, blocks, block_size, D]."""
         return array.view(array.shape[0], -1, self.layout.block_size, array.shape[2])
+
+
+def _tensor(values: Any) -> Tensor:
+    """As a tensor, without a copy where torch can share numpy's memory (not if read-only or running backwards)."""
+    if isinstance(values, np.ndarray) and (not values.flags.writeable or any(step < 0 for step in values.strides)):
+        values = values.copy()
+    return torch.as_tensor(values)

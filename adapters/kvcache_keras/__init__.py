@@ -1,0 +1,20 @@
+"""K/V cache for Keras models on TensorFlow: ``with cache: model(x)`` gives the same answer, faster."""
+
+from kvcache_keras import _backend as _backend
+from kvcache_keras.attention import attention, positions, select_outputs
+from kvcache_keras.cache import KVCache
+from kvcache_keras.generate import generate, stream
+from kvcache_keras.layers import CachedAttention, PositionIds
+from kvcache_keras.store import TensorStore
+
+__all__ = [
+    "CachedAttention",
+    "KVCache",
+    "PositionIds",
+    "TensorStore",
+    "attention",
+    "generate",
+    "positions",
+    "select_outputs",
+    "stream",
+]

@@ -1,0 +1,155 @@
+"""``KVCache`` for Keras models."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import keras
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from kvcache_core.errors import InvalidInput, InvalidType
+from kvcache_core.frontend import FrontendCache, ModelSpec
+from kvcache_core.layout import BlockLayout
+from kvcache_core.plan import StepPlan
+from kvcache_keras.attach import AttachedCall
+from kvcache_keras.context import local, not_recording, stepping
+from kvcache_keras.fingerprint import Fingerprint
+from kvcache_keras.graphcall import PendingCalls
+from kvcache_keras.runner import StepRunner, build, to_numpy
+from kvcache_keras.step import Recorder
+from kvcache_keras.store import TensorStore, dtype_name
+
+__all__ = ["KVCache"]
+
+_Tensor = Any
+
+
+class KVCache(FrontendCache):
+    """A K/V cache for one Keras model.
+
+    Inside ``with cache:``, ``model(x)`` gives what it gives outside and skips the tokens whose state is
+    cached, also in a ``tf.function`` of your own. See :class:`kvcache_core.frontend.FrontendCache` for the
+    arguments and :meth:`attach`.
+
+    A ``tf.function`` that was traced inside ``with cache:`` goes on using the cache wherever it is called.
+
+    Example:
+        >>> import keras, tensorflow as tf
+        >>> from kvcache_keras import CachedAttention, KVCache
+        >>> ids = keras.Input((None,), dtype="int32")
+        >>> h = keras.layers.Embedding(10, 8)(ids)
+        >>> h = h + CachedAttention(num_heads=2, head_dim=4, rope_theta=10000.0)(h)
+        >>> model = keras.Model(ids, keras.layers.Dense(10)(h))
+        >>> cache = KVCache(size=64, block_size=4)
+        >>> model = cache.attach(model)
+        >>> x = tf.range(9)[None]
+        >>> with cache:
+        ...     first, second = model(x), model(x)
+        >>> bool(tf.reduce_all(first[:, :8] == second[:, :8])), cache.stats().hit_tokens
+        (True, 8)
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pending = PendingCalls()
+        self._runner: StepRunner | None = None
+        self._weights: Fingerprint | None = None
+
+    def _prepare(self) -> None:
+        if self._core is None and not tf.executing_eagerly():
+            # In a thread of its own: the graph being traced here would take the pool's variables for its own, and
+            # be traced twice.
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(super()._prepare).result()
+        else:
+            super()._prepare()
+
+    # ---- what the core asks for ----------------------------------------------------------------
+
+    def _dtype_name(self, dtype: Any) -> str:
+        return dtype_name(dtype)
+
+    def _active(self) -> Any:
+        return local.cache
+
+    def _set_active(self, cache: Any) -> None:
+        local.cache = cache
+
+    def _describe(self, model: Any) -> ModelSpec:
+        with tf.init_scope(), not_recording():
+            build(model)
+            recorder = Recorder()
+            with stepping(recorder):
+                output = model(tf.zeros((1, 1), tf.int32), training=False)
+        if not tf.is_tensor(output) or output.shape[:2] != (1, 1):
+            found = tuple(output.shape) if tf.is_tensor(output) else type(output).__name__
+            raise InvalidInput(f"a token model must map ids [B, T] to a tensor [B, T, ...], got {found} for [1, 1]")
+        return ModelSpec(
+            recorder.specs(),
+            str(recorder.dtype),
+            tuple(output.shape[2:]),
+            dtype_name(output.dtype),
+            _vocab_size(model, output),
+        )
+
+    def _new_store(self, layout: BlockLayout, num_blocks: int) -> TensorStore:
+        return TensorStore(layout, num_blocks)
+
+    def _fingerprint(self, model: Any) -> bytes:
+        if local.samples is not None:
+            return local.samples
+        return self.weights_of(model).digest()
+
+    def weights_of(self, model: Any) -> Fingerprint:
+        """What notices that the model's weights change."""
+        if self._weights is None or not self._weights.is_of(model):
+            self._weights = Fingerprint(model)
+        return self._weights
+
+    def _install(self, model: Any) -> None:
+        if not isinstance(model, keras.layers.Layer):
+            raise InvalidType(f"kvcache_keras attaches a Keras model, got {type(model).__name__}")
+        AttachedCall(self, model).install()
+
+    def _uninstall(self, model: Any) -> None:
+        self._runner = self._weights = None
+        vars(model)["call"].uninstall()
+
+    # ---- running the model ---------------------------------------------------------------------
+
+    @property
+    def runner(self) -> StepRunner:
+        """The graphs that run the attached model's steps."""
+        store = self.store
+        with self._prepare_lock:
+            if self._runner is None:
+                self._runner = StepRunner(self.model, store, self.spec.dtype)
+            return self._runner
+
+    def _run_step(self, plan: StepPlan) -> NDArray[Any]:
+        with not_recording():
+            return to_numpy(self.runner.run(plan)[:, 0])
+
+
+def _vocab_size(model: Any, output: _Tensor) -> int | None:
+    """The number of token ids: what the first lookup of an absurd id says (on a CPU it fails), or the embedding
+    as wide as the output, or the only embedding.
+    """
+    try:
+        with tf.init_scope(), stepping(Recorder()):
+            model(tf.fill((1, 1), tf.int32.max), training=False)
+    except tf.errors.InvalidArgumentError as error:
+        found = re.search(r"is not in \[0, (\d+)\)", str(error))
+        if found:
+            return int(found[1])
+    sizes = [
+        layer.input_dim
+        for layer in getattr(model, "_flatten_layers", list)()
+        if isinstance(layer, keras.layers.Embedding)
+    ]
+    if len(output.shape) == 3 and output.shape[-1] in sizes:
+        return int(output.shape[-1])
+    return sizes[0] if len(sizes) == 1 else None

@@ -1,0 +1,87 @@
+"""Noticing that a model's weights changed, without reading all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+__all__ = ["Fingerprint"]
+
+_Tensor = Any
+_ALL_BELOW = 4096
+"""A variable of up to so many elements is compared whole."""
+_SAMPLES = 64
+"""Elements looked at in a larger one, its first and last among them."""
+
+
+class Fingerprint:
+    """Samples of a model's weights, and its optimizer's step counter, which moves with every training step.
+
+    Whole updates (``assign``, ``set_weights``, ``load_weights``, an optimizer's step) change samples. A change of a few
+    elements of a large weight can be missed: ``cache.invalidate()`` says so by hand.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._variables = _variables_of(model)
+        by_dtype: dict[Any, list[tf.Variable]] = {}
+        for variable in self._variables:
+            by_dtype.setdefault(variable.dtype, []).append(variable)
+        groups = [[(variable, _places(variable.shape.as_list())) for variable in group] for group in by_dtype.values()]
+
+        def sample() -> list[_Tensor]:
+            return [
+                tf.concat(
+                    [tf.reshape(_look(variable, places), (-1,)) for variable, places in group],
+                    axis=0,
+                )
+                for group in groups
+            ]
+
+        with tf.init_scope():
+            self.sample = tf.function(sample, input_signature=(), autograph=False)
+        """The samples as one tensor per dtype; may be called in a graph, where it costs no host call."""
+
+    def is_of(self, model: Any) -> bool:
+        """Whether the model still has the variables this was made for."""
+        found = _variables_of(model)
+        return len(found) == len(self._variables) and all(map(_same, found, self._variables))
+
+    def digest(self) -> bytes:
+        """The samples now."""
+        with tf.init_scope():
+            return b"".join(part.numpy().tobytes() for part in self.sample())
+
+
+def _variables_of(model: Any) -> list[tf.Variable]:
+    variables = list(model.weights)
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None:
+        variables.append(optimizer.iterations)
+    found = [getattr(variable, "value", variable) for variable in variables]
+    return [variable for variable in found if isinstance(variable, tf.Variable)]
+
+
+def _look(variable: tf.Variable, places: np.ndarray[Any, Any] | None) -> _Tensor:
+    # Gathering from the variable itself would switch it to copy-on-read for good: every later matmul would copy
+    # its weight. Its value is read without a copy.
+    value = variable.value()
+    return value if places is None else tf.gather_nd(value, places)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other
+
+
+def _places(shape: list[int]) -> np.ndarray[Any, Any] | None:
+    """int32 [N, rank] of elements to look at; None for a scalar."""
+    size = int(np.prod(shape))
+    if not shape:
+        return None
+    flat = np.arange(size)
+    if size > _ALL_BELOW:
+        # At random, so that the pattern of a structured change does not fall between the samples.
+        flat = np.random.default_rng(size).integers(0, size, _SAMPLES)
+        flat[:2] = 0, size - 1
+    return np.stack(np.unravel_index(flat, shape), axis=-1).astype(np.int32)

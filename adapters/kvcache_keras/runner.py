@@ -1,0 +1,183 @@
+"""The graphs that run a model's steps: one for a prompt, one for a token, whatever the lengths."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from kvcache_core.plan import StepPlan
+from kvcache_keras.context import outside, stepping
+from kvcache_keras.kernels import dimensions, plain_attention, reshape
+from kvcache_keras.step import Step, check_query, pack, signature
+from kvcache_keras.store import TensorStore
+
+__all__ = ["Recompute", "StepRunner", "build", "last_of", "recompute_of", "to_numpy"]
+
+_Tensor = Any
+
+
+class StepRunner:
+    """Runs plans through graphs that are traced once each.
+
+    Attributes:
+        traces: how often each graph was traced, by name.
+    """
+
+    def __init__(self, model: Any, store: TensorStore, dtype: str) -> None:
+        self._model = model
+        self._store = store
+        self._dtype = dtype
+        self._functions: dict[str, Any] = {}
+        self.traces: Counter[str] = Counter()
+        self._attention_groups = sum(kind == "attention" for kind, _ in store.layout.groups)
+
+    def run(self, plan: StepPlan) -> _Tensor:
+        """The output behind each row's last token, [B, 1, ...]; the store's copies come first."""
+        self.copy(plan)
+        name = "decode" if plan.tokens.shape[1] == 1 else "prefill"
+        return self.function(name)(*pack(plan, self._store))
+
+    def run_all(self, plan: StepPlan, slots: NDArray[np.int32]) -> _Tensor:
+        """Store the outputs of the new tokens; returns those at ``slots`` [B, T] of the output layer, [B, T, ...]."""
+        self.copy(plan)
+        return self.function("outputs")(slots, *pack(plan, self._store))
+
+    def copy(self, plan: StepPlan) -> None:
+        """Do the copies a plan asks for."""
+        for number, group in enumerate(plan.groups):
+            self._store.copy_blocks(number, group.copies)
+
+    def function(self, name: str) -> Any:
+        """The graph ``"prefill"``, ``"decode"`` or ``"outputs"``; may be called in another graph."""
+        if name not in self._functions:
+            with tf.init_scope():
+                self._functions[name] = self._make(name)
+        return self._functions[name]
+
+    def _make(self, name: str) -> Any:
+        size = self._store.layout.block_size
+        if name == "outputs":
+
+            def run_all(slots: _Tensor, *packed: _Tensor) -> _Tensor:
+                self.traces[name] += 1
+                return self._outputs(slots, Step(self._store, self._dtype, packed, last_only=False))
+
+            spec = [tf.TensorSpec([None, None], tf.int32)]
+            spec += signature(len(self._store.layout.groups), size, None)
+            return tf.function(run_all, input_signature=spec, autograph=False)
+
+        def run(*packed: _Tensor) -> _Tensor:
+            self.traces[name] += 1
+            return self._run_model(Step(self._store, self._dtype, packed, last_only=True))
+
+        spec = signature(self._attention_groups, size, 1 if name == "decode" else None)
+        return tf.function(run, input_signature=spec, autograph=False)
+
+    def _run_model(self, step: Step) -> _Tensor:
+        with stepping(step):
+            output = self._model(step.tokens, training=False)
+        if step.last_only and not step.selected and output.shape[1] != 1:
+            output = last_of(output, step.last_index)
+        return output
+
+    def _outputs(self, slots: _Tensor, step: Step) -> _Tensor:
+        output = self._run_model(step)
+        layer = len(self._store.layout.layers) - 1
+        array = self._store.array(layer, "output")
+        batch, new = dimensions(step.tokens)
+        step.write(layer, "output", tf.reshape(output, (batch, new, 1, array.shape[2])))
+        size = self._store.layout.block_size
+        # Padding reads a slot of the null block, which step.write has just set to zero.
+        stored = tf.gather_nd(array, tf.stack((slots // size, slots % size), axis=-1))
+        return reshape(stored, (*dimensions(slots), *output.shape[2:]))
+
+
+def last_of(output: _Tensor, last: _Tensor) -> _Tensor:
+    """Each row's output at ``last`` [B]: [B, 1, ...]."""
+    return tf.gather(output, last, axis=1, batch_dims=1)[:, None]
+
+
+class _Uncached:
+    """Stands in for a step where every token is new and none is kept."""
+
+    last_only = True
+
+    def __init__(self, positions: _Tensor, last_index: _Tensor) -> None:
+        self.positions = positions
+        self.last_index = last_index
+        self.selected = False
+
+    def attend(
+        self,
+        q: _Tensor,
+        k: _Tensor,
+        v: _Tensor,
+        layer: int | None,
+        window: int | None,
+        scale: float | None,
+        softcap: float | None,
+    ) -> _Tensor:
+        """Plain attention that needs no gradient."""
+        check_query(q, k, layer)
+        return plain_attention(q, k, v, window, scale, softcap, in_chunks=True)
+
+
+class Recompute:
+    """Runs a model over whole rows without a cache, in one graph for all shapes.
+
+    Attributes:
+        traces: how often the graph was traced.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.traces = 0
+        reference = weakref.ref(model)
+
+        def run(tokens: _Tensor, last: _Tensor) -> _Tensor:
+            self.traces += 1
+            step = _Uncached(tf.range(tf.shape(tokens)[1])[None], last)
+            with stepping(step):
+                output = reference()(tokens, training=False)  # type: ignore[misc]
+            return output[:, 0] if step.selected else last_of(output, last)[:, 0]
+
+        spec = [tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None], tf.int32)]
+        self._function = tf.function(run, input_signature=spec, autograph=False)
+
+    def __call__(self, rows: list[list[int]]) -> NDArray[Any]:
+        """Logits [B, V] behind each row's last token."""
+        lengths = np.array([len(row) for row in rows], np.int32)
+        tokens = np.zeros((len(rows), lengths.max()), np.int32)
+        for at, row in enumerate(rows):
+            tokens[at, : len(row)] = row
+        return to_numpy(self._function(tokens, lengths - 1))
+
+
+def build(model: Any) -> None:
+    """Make the model's variables by a first call on one token: Keras runs parts of it more than once for that."""
+    if not model.built:
+        with outside():
+            model(tf.zeros((1, 1), tf.int32), training=False)
+
+
+_recomputes: weakref.WeakKeyDictionary[Any, Recompute] = weakref.WeakKeyDictionary()
+
+
+def recompute_of(model: Any) -> Recompute:
+    """The model's graph without a cache, kept as long as the model."""
+    if model not in _recomputes:
+        build(model)
+        _recomputes[model] = Recompute(model)
+    return _recomputes[model]
+
+
+def to_numpy(logits: _Tensor) -> NDArray[Any]:
+    """Logits as numpy, half precision widened."""
+    if logits.dtype in (tf.bfloat16, tf.float16):
+        logits = tf.cast(logits, tf.float32)
+    result: NDArray[Any] = logits.numpy()
+    return result

@@ -1,0 +1,262 @@
+"""A step as tensors: what the plan says, packed for a graph, and the attention that reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from kvcache_core.errors import InvalidInput, InvalidType
+from kvcache_core.layout import LayerSpec
+from kvcache_core.plan import PAD_SLOT, GroupPlan, StepPlan
+from kvcache_keras.kernels import attend, attend_in_chunks, causal_mask, plain_attention
+from kvcache_keras.store import TensorStore, dtype_name
+
+__all__ = ["Recorder", "Step", "pack", "signature"]
+
+_Tensor = Any
+_PER_GROUP = 4
+
+
+def pack(plan: StepPlan, store: TensorStore) -> list[NDArray[np.int32]]:
+    """The plan as int32 arrays, in the order that :func:`signature` describes and :class:`Step` reads."""
+    arrays: list[Any] = [plan.tokens, plan.positions, plan.counts - 1, np.array(store.stride)]
+    for group in plan.groups:
+        arrays += (group.slots, *_visible_blocks(group), _tail_slots(group, plan))
+    return [array.astype(np.int32) for array in arrays]
+
+
+def signature(num_groups: int, block_size: int, new: int | None) -> list[tf.TensorSpec]:
+    """Specs of what :func:`pack` returns; ``new`` is T, or None for any."""
+    shapes: list[Any] = [[None, new], [None, new], [None], []]
+    for _ in range(num_groups):
+        shapes += ([None, new], [None, None], [None], [None, block_size])
+    return [tf.TensorSpec(shape, tf.int32) for shape in shapes]
+
+
+def _visible_blocks(group: GroupPlan) -> tuple[NDArray[Any], NDArray[Any]]:
+    """[B, blocks] block ids that the new tokens can see, and [B] the position of the first one's first token."""
+    size, table = group.block_size, group.block_tables
+    if group.window is None:
+        return table, np.zeros(len(table), np.int32)
+    low = np.maximum(0, group.starts - group.window + 1) // size
+    width = int((-(-group.ends // size) - low).max())
+    columns = low[:, None] + np.arange(width)
+    inside = columns < table.shape[1]
+    blocks = np.take_along_axis(table, np.where(inside, columns, 0), axis=1)
+    return np.where(inside, blocks, 0), low * size
+
+
+def _tail_slots(group: GroupPlan, plan: StepPlan) -> NDArray[Any]:
+    """[B, block_size] slots of each row's last block behind its last token; :data:`PAD_SLOT` elsewhere."""
+    last = np.take_along_axis(group.slots, plan.counts[:, None] - 1, axis=1)
+    offsets = np.arange(group.block_size)
+    return np.where(offsets > last % group.block_size, last - last % group.block_size + offsets, PAD_SLOT)
+
+
+@dataclass
+class Step:
+    """One step while the model runs or is traced.
+
+    Args:
+        store: where K and V lie.
+        dtype: the model's dtype of K and V.
+        packed: tensors in the order of :func:`pack`.
+        last_only: whether only each row's last output is wanted.
+    """
+
+    store: TensorStore
+    dtype: str
+    packed: Sequence[_Tensor]
+    last_only: bool
+    selected: bool = False
+    used: set[int] = field(default_factory=set)
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> _Tensor:
+        """int32 [B, T]."""
+        return self.packed[0]
+
+    @property
+    def positions(self) -> _Tensor:
+        """int32 [B, T]."""
+        return self.packed[1]
+
+    @property
+    def last_index(self) -> _Tensor:
+        """int32 [B], index of each row's last new token."""
+        return self.packed[2]
+
+    def attend(
+        self,
+        q: _Tensor,
+        k: _Tensor,
+        v: _Tensor,
+        layer: int | None,
+        window: int | None,
+        scale: float | None,
+        softcap: float | None,
+    ) -> _Tensor:
+        """Attention of one layer, [B, T, Hq, D] -> [B, T, Hq, Dv]; padding rows hold no meaning.
+
+        Raises:
+            InvalidInput: an unknown or repeated layer, or shapes that are not the layer's.
+            InvalidType: another dtype than the cache's.
+        """
+        layer = len(self.used) if layer is None else layer
+        self._check(q, k, v, layer, window)
+        number = self.store.layout.group_of(layer)
+        self.write(layer, "k", k)
+        self.write(layer, "v", v)
+        heads = k.shape[2]
+        keys, values = (self._read(layer, name, number, heads, q.dtype) for name in "kv")
+        if q.shape[1] == 1:
+            return attend(q, keys, values, self._mask(number, window), scale, softcap)
+        first = self._group(number)[2]
+        return attend_in_chunks(q, keys, values, self.positions, first, window, scale, softcap)
+
+    def write(self, layer: int, name: str, values: _Tensor) -> None:
+        """Put [B, T, H, D] into the step's slots, and zeros behind each row's last token.
+
+        So whatever a row's blocks hold is its own or zero, and a hidden position's weight of 0 times its value
+        is 0: it would be NaN if another sequence had left an overflow there.
+        """
+        array = self.store.array(layer, name)
+        number, heads = self.store.layout.group_of(layer), values.shape[2]
+        array.scatter_nd_update(self._places(number, heads, 0), tf.cast(values, array.dtype))
+        if name != "k":  # a hidden key's score is replaced, not multiplied
+            places = self._places(number, heads, 3)
+            key = ("zeros", number, heads, values.shape[3], array.dtype)
+            if key not in self.shared:
+                self.shared[key] = tf.zeros(tf.concat((tf.shape(places)[:-1], values.shape[3:]), 0), array.dtype)
+            array.scatter_nd_update(places, self.shared[key])
+
+    def _read(self, layer: int, name: str, number: int, heads: int, dtype: Any) -> _Tensor:
+        """[H, B, S, D] of all that the new tokens can see."""
+        array = self.store.array(layer, name)
+        blocks = tf.gather(array, self._rows(number, heads))
+        key = ("shape", number)
+        if key not in self.shared:
+            rows, width = tf.unstack(tf.shape(self._group(number)[1]))
+            self.shared[key] = (rows, width * array.shape[1])
+        return tf.cast(tf.reshape(blocks, (heads, *self.shared[key], array.shape[2])), dtype)
+
+    def _group(self, number: int) -> Sequence[_Tensor]:
+        at = 4 + _PER_GROUP * number
+        return self.packed[at : at + _PER_GROUP]
+
+    def _places(self, number: int, heads: int, which: int) -> _Tensor:
+        """int32 [B, T, H, 2]: (row, offset) of the group's slots."""
+        key = ("places", number, heads, which)
+        if key not in self.shared:
+            slots = self._group(number)[which][:, :, None]
+            size = self.store.layout.block_size
+            rows = tf.range(heads) * self.packed[3] + slots // size
+            self.shared[key] = tf.stack((rows, tf.broadcast_to(slots % size, tf.shape(rows))), axis=-1)
+        return self.shared[key]
+
+    def _rows(self, number: int, heads: int) -> _Tensor:
+        """int32 [H, B, blocks]."""
+        key = ("rows", number, heads)
+        if key not in self.shared:
+            self.shared[key] = tf.range(heads)[:, None, None] * self.packed[3] + self._group(number)[1]
+        return self.shared[key]
+
+    def _mask(self, number: int, window: int | None) -> _Tensor:
+        """Bool [B, T, S]."""
+        key = ("mask", number)
+        if key not in self.shared:
+            _, blocks, first, _ = self._group(number)
+            count = tf.shape(blocks)[1] * self.store.layout.block_size
+            self.shared[key] = causal_mask(self.positions, first[:, None] + tf.range(count), window)
+        return self.shared[key]
+
+    def _check(self, q: _Tensor, k: _Tensor, v: _Tensor, layer: int, window: int | None) -> None:
+        layers = self.store.layout.layers
+        if not 0 <= layer < len(layers) or layers[layer].kind != "attention":
+            count = sum(spec.kind == "attention" for spec in layers)
+            raise InvalidInput(f"layer must be 0 .. {count - 1} for the attached model, got {layer}")
+        if layer in self.used:
+            raise InvalidInput(f"layer {layer} was used twice in one step: give each attention call its own layer=")
+        spec = layers[layer]
+        if window != spec.window:
+            raise InvalidInput(f"layer {layer} was attached with window={spec.window}, got window={window}")
+        check_query(q, k, layer)
+        for name, tensor, array in zip("kv", (k, v), spec.arrays, strict=True):
+            if tuple(tensor.shape[2:]) != (array.heads, array.size):
+                raise InvalidInput(
+                    f"{name} of layer {layer} must be [B, T, {array.heads}, {array.size}] as when the model was first "
+                    f"run, got {tuple(tensor.shape)}"
+                )
+        found = [dtype_name(tensor.dtype) for tensor in (q, k, v)]
+        if found != [self.dtype] * 3:
+            raise InvalidType(
+                f"q, k, v of layer {layer} must be {self.dtype} as when the model was first run, got "
+                f"{', '.join(found)}; make a new cache for another dtype"
+            )
+        self.used.add(layer)
+
+
+class Recorder:
+    """Runs in place of a step while a model is described: notes what each layer would store."""
+
+    last_only = False
+
+    def __init__(self) -> None:
+        self.positions = tf.zeros((1, 1), tf.int32)
+        self.layers: dict[int, LayerSpec] = {}
+        self.dtype: str | None = None
+
+    def attend(
+        self,
+        q: _Tensor,
+        k: _Tensor,
+        v: _Tensor,
+        layer: int | None,
+        window: int | None,
+        scale: float | None,
+        softcap: float | None,
+    ) -> _Tensor:
+        """Plain attention; the layer's shape is noted."""
+        layer = len(self.layers) if layer is None else layer
+        check_query(q, k, layer)
+        if layer in self.layers:
+            raise InvalidInput(f"layer {layer} was used twice in one step: give each attention call its own layer=")
+        dtype = dtype_name(k.dtype)
+        if self.dtype not in (None, dtype):
+            raise InvalidType(f"all layers must have one K/V dtype, got {self.dtype} and {dtype} in layer {layer}")
+        self.dtype = dtype
+        self.layers[layer] = LayerSpec.attention(k.shape[2], k.shape[3], v.shape[3], window=window)
+        return plain_attention(q, k, v, window, scale, softcap)
+
+    def specs(self) -> tuple[LayerSpec, ...]:
+        """The layers in order.
+
+        Raises:
+            InvalidInput: no attention call was seen, or the layer numbers have gaps.
+        """
+        if not self.layers:
+            raise InvalidInput(
+                "the model made no call of kvcache_keras.attention: build its attention layers from it (or from "
+                "CachedAttention) to cache them"
+            )
+        if sorted(self.layers) != list(range(len(self.layers))):
+            raise InvalidInput(f"layer numbers must be 0 .. L - 1 without gaps, got {sorted(self.layers)}")
+        return tuple(self.layers[layer] for layer in range(len(self.layers)))
+
+
+def check_query(q: _Tensor, k: _Tensor, layer: int | None) -> None:
+    """Check the query against K."""
+    name = "" if layer is None else f" of layer {layer}"
+    if len(q.shape) != 4 or len(k.shape) != 4:
+        raise InvalidInput(f"q, k, v{name} must be [B, T, H, D], got q {tuple(q.shape)}, k {tuple(k.shape)}")
+    if q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+        raise InvalidInput(
+            f"q{name} must be [B, T, Hq, D] like k, Hq a multiple of its K/V heads; got q {tuple(q.shape)}, k "
+            f"{tuple(k.shape)}"
+        )

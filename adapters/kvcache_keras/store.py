@@ -1,0 +1,178 @@
+"""K/V bytes in TensorFlow variables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from kvcache_core.errors import InvalidInput, InvalidType
+from kvcache_core.layout import DTYPE_BYTES, BlockLayout
+from kvcache_core.store import BlockBytes
+from kvcache_core.types import BlockId
+
+__all__ = ["TensorStore", "dtype_name"]
+
+_Tensor = Any
+
+
+def dtype_name(dtype: Any) -> str:
+    """The layout's name of a dtype.
+
+    Raises:
+        InvalidType: a dtype that the cache cannot store.
+    """
+    try:
+        name = str(keras.backend.standardize_dtype(dtype))
+    except (ValueError, TypeError):
+        name = str(dtype)
+    if name not in DTYPE_BYTES:
+        raise InvalidType(f"dtype must be one of {sorted(DTYPE_BYTES)}, got {dtype!r}")
+    return name
+
+
+class TensorStore:
+    """Variables of shape [H * (num_blocks + 1), block_size, D] per layer and array name.
+
+    Row ``h * (num_blocks + 1) + block`` is a block of head h, so a gather by rows gives [H, B, blocks, block_size, D],
+    which is [H, B, S, D] without a transpose. The variables are never read plainly: TensorFlow copies all of a
+    variable that was ever updated by scatter.
+
+    Args:
+        layout: what to store.
+        num_blocks: usable blocks; the null block comes on top.
+    """
+
+    def __init__(self, layout: BlockLayout, num_blocks: int) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self._specs = {(layer, array.name): array for layer, spec in enumerate(layout.layers) for array in spec.arrays}
+        with tf.init_scope():
+            self._arrays = {key: self._allocate(*key) for key in self._specs}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        per_block = self.layout.bytes_per_block
+        return per_block * (self.num_blocks + 1)
+
+    @property
+    def stride(self) -> int:
+        """Rows per head."""
+        return self.num_blocks + 1
+
+    def array(self, layer: int, name: str) -> tf.Variable:
+        """The variable [H * (num_blocks + 1), block_size, D] of one array."""
+        return self._arrays[layer, name]
+
+    def write(self, layer: int, name: str, slots: Any, values: Any) -> None:
+        """Write ``values`` [N, H, D] at ``slots`` [N].
+
+        Raises:
+            InvalidInput: the values' shape is not the layout's.
+        """
+        array, spec = self._arrays[layer, name], self._specs[layer, name]
+        slots = np.asarray(slots)
+        if not hasattr(values, "shape"):
+            values = np.asarray(values)
+        expected = (len(slots), spec.heads, spec.size)
+        if tuple(values.shape) != expected:
+            raise InvalidInput(f"layer {layer} array {name!r} stores [N, H, D] = {expected}, got {tuple(values.shape)}")
+        array.scatter_nd_update(self._places(slots, spec.heads), tf.cast(values, array.dtype))
+
+    def read(self, layer: int, name: str, slots: Any) -> _Tensor:
+        """Read [N, H, D] from ``slots`` [N]."""
+        return tf.gather_nd(self._arrays[layer, name], self._places(np.asarray(slots), self._specs[layer, name].heads))
+
+    def copy_blocks(self, group: int, pairs: Any) -> None:
+        """Copy whole blocks; ``pairs`` is [C, 2] of (source, destination)."""
+        pairs = np.asarray(pairs, np.int32).reshape(-1, 2)
+        if len(pairs):
+            self._copy(group, tf.constant(pairs), tf.constant(self.stride, tf.int32))
+
+    def copy_rows(self, group: int, pairs: _Tensor, stride: _Tensor) -> None:
+        """:meth:`copy_blocks` for tensors, also inside a graph: ``pairs`` int32 [C, 2], ``stride`` int32 []."""
+        for key, array in self._group_arrays(group):
+            rows = tf.range(self._specs[key].heads)[:, None, None] * stride + pairs
+            rows = tf.reshape(rows, (-1, 2))
+            tf.raw_ops.ResourceScatterUpdate(
+                resource=array.handle, indices=rows[:, 1], updates=tf.gather(array, rows[:, 0])
+            )
+
+    def export_block(self, group: int, block: int) -> BlockBytes:
+        """The content of one block: {(layer, name): numpy [block_size, H, D]}, bfloat16 as its uint16 bits."""
+        content = {}
+        for key, array in self._group_arrays(group):
+            values = tf.gather(array, self._rows(key, block)).numpy().swapaxes(0, 1)
+            if array.dtype == tf.bfloat16:
+                values = values.view(np.uint16)
+            content[key] = np.ascontiguousarray(values)
+        return content
+
+    def import_block(self, group: int, block: int, content: BlockBytes) -> None:
+        """The reverse of :meth:`export_block`."""
+        for key, values in content.items():
+            array = self._arrays[key]
+            values = np.ascontiguousarray(np.asarray(values).swapaxes(0, 1))
+            if array.dtype == tf.bfloat16:
+                values = values.view(tf.bfloat16.as_numpy_dtype)
+            tf.raw_ops.ResourceScatterUpdate(
+                resource=array.handle, indices=self._rows(key, block), updates=tf.constant(values)
+            )
+
+    def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]]) -> None:
+        """Change the capacity; ``moves`` holds {old: new} per layer group.
+
+        The variables stay the same objects, so that traced functions go on using them.
+        """
+        kept = min(num_blocks, self.num_blocks) + 1
+        old_stride, self.num_blocks = self.stride, num_blocks
+        for key, array in self._arrays.items():
+            spec = self._specs[key]
+            shape = (spec.heads, num_blocks + 1, self.layout.block_size, spec.size)
+            new = np.zeros(shape, array.dtype.as_numpy_dtype)
+            heads = np.arange(spec.heads)[:, None] * old_stride
+            new[:, :kept] = tf.gather(array, heads + np.arange(kept)).numpy()
+            group_moves = moves[self.layout.group_of(key[0])]
+            if group_moves:
+                sources, targets = np.array(list(group_moves.items())).T
+                new[:, targets] = tf.gather(array, heads + sources).numpy()
+            array.assign(new.reshape(-1, *shape[2:]))
+
+    def _allocate(self, layer: int, name: str) -> tf.Variable:
+        spec = self._specs[layer, name]
+        shape = (spec.heads * self.stride, self.layout.block_size, spec.size)
+        zeros = tf.zeros(shape, self.layout.array_dtype(spec))
+        # The number of rows may change: a resize then needs no new trace.
+        open_shape = tf.TensorShape([None, *shape[1:]])
+        return tf.Variable(zeros, shape=open_shape, trainable=False, name=f"kvcache_{layer}_{name}")
+
+    def _places(self, slots: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+        """int64 [N, H, 2]: (row, offset) of each slot and head."""
+        block, offset = np.divmod(slots.astype(np.int64)[:, None], self.layout.block_size)
+        rows = np.arange(heads) * self.stride + block
+        return np.stack([rows, np.broadcast_to(offset, rows.shape)], axis=-1)
+
+    def _rows(self, key: tuple[int, str], block: int) -> np.ndarray[Any, Any]:
+        return np.arange(self._specs[key].heads) * self.stride + block
+
+    def _group_arrays(self, group: int) -> list[tuple[tuple[int, str], tf.Variable]]:
+        return [item for item in self._arrays.items() if self.layout.group_of(item[0][0]) == group]
+
+    @property
+    def _copy(self) -> Any:
+        """One graph for a copy in all layers: eager, the two operations per array would cost ten times more."""
+        if not hasattr(self, "_copy_function"):
+            spec = (tf.TensorSpec([None, 2], tf.int32), tf.TensorSpec([], tf.int32))
+            functions = []
+            for group in range(len(self.layout.groups)):
+
+                def copy(pairs: _Tensor, stride: _Tensor, group: int = group) -> None:
+                    self.copy_rows(group, pairs, stride)
+
+                functions.append(tf.function(copy, input_signature=spec, autograph=False))
+            self._copy_function = lambda group, *args: functions[group](*args)
+        return self._copy_function

@@ -1,0 +1,117 @@
+"""Random decoders over the numpy store: whatever happens to the cache, the outputs are those of recompute."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from tests.reference_decoder import (
+    DecoderConfig,
+    Driver,
+    NumpyBackend,
+    Script,
+    decoder_configs,
+    make_weights,
+    scripts,
+)
+
+# The default is what fits the suite's time; HYPOTHESIS_PROFILE=thorough or the slow marker looks further.
+QUICK = settings(max_examples=80, deadline=None)
+LONG = settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def _run(config, script, met: Counter[str], **options) -> None:
+    driver = Driver(config, NumpyBackend(config, make_weights(config), script.num_blocks), **options)
+    driver.run(script)
+    driver.report()
+    met.update(driver.counts)
+
+
+def _assert_met(met: Counter[str], *names: str) -> None:
+    """A property that never met its interesting case proves nothing."""
+    missing = [name for name in names if not met[name]]
+    assert not missing, f"never met: {missing}; met {dict(met)}"
+
+
+def test_cached_equals_recompute():
+    met: Counter[str] = Counter()
+
+    @QUICK
+    @given(decoder_configs(), scripts())
+    def check(config, script):
+        _run(config, script, met)
+
+    check()
+    _assert_met(
+        met, "outputs compared", "prefix hits", "partial hits", "CacheFull", "fork", "fail", "rolled back tokens",
+        "ragged batches", "split prompts", "resize",
+    )  # fmt: skip
+
+
+def test_cached_equals_recompute_in_a_pool_that_always_evicts():
+    met: Counter[str] = Counter()
+
+    # Few open sequences leave the pool to cached blocks, which the next ones evict.
+    @QUICK
+    @given(decoder_configs(block_sizes=(1, 2, 3), max_layers=2), scripts(min_blocks=6, max_blocks=20))
+    def check(config, script):
+        _run(config, script, met, max_open=2)
+
+    check()
+    _assert_met(met, "outputs compared", "prefix hits", "evicted_blocks")
+
+
+def test_cached_equals_recompute_with_windows_only():
+    met: Counter[str] = Counter()
+
+    @QUICK
+    @given(decoder_configs(only_windows=True, block_sizes=(1, 2, 4)), scripts())
+    def check(config, script):
+        _run(config, script, met, max_open=3)
+
+    check()
+    _assert_met(met, "outputs compared", "prefix hits", "rolled back tokens")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_open", [2, 6])
+def test_cached_equals_recompute_at_length(max_open):
+    met: Counter[str] = Counter()
+
+    @LONG
+    @given(decoder_configs(max_layers=4), scripts(max_actions=50, min_blocks=2))
+    def check(config, script):
+        _run(config, script, met, max_open=max_open)
+
+    check()
+    _assert_met(met, "evicted_blocks", "truncate refused", "resize refused")
+
+
+def test_a_wrong_store_is_noticed():
+    """The check can fail: one value of a published block is off by a little."""
+
+    class Broken(NumpyBackend):
+        def step(self, seqs, token_lists, fail=None):
+            logits = super().step(seqs, token_lists, fail)
+            self.store.arrays[0, "v"][0, self.core.block_size + 1] += 1e-3
+            return logits
+
+    rows = ((0, 50, 0),)
+    script = Script(
+        16,
+        (
+            ("open", 0, 12, (1, 2), 0),
+            ("step", rows),
+            ("step", rows),
+            ("close", 0),
+            ("open", 0, 12, (3,), 0),
+            ("step", rows),
+        ),
+    )
+    for seed in range(4):
+        config = DecoderConfig(seed=seed)
+        Driver(config, NumpyBackend(config, make_weights(config), 16)).run(script)
+        with pytest.raises(AssertionError, match="cached error"):
+            Driver(config, Broken(config, make_weights(config), 16)).run(script)
