@@ -231,6 +231,7 @@ class BlockCache:
             child.length, child.num_cached = seq.length, seq.num_cached
             child.extra_keys, child.max_length = seq.extra_keys, seq.max_length
             child.prompt, child.prompt_keys = seq.prompt, seq.prompt_keys
+            child.cut_tail = seq.cut_tail
             child.nodes = list(seq.nodes)
             child.dropped = list(seq.dropped)
             child.tables = [table[: len(seq.nodes)] for table in seq.tables]
@@ -265,6 +266,7 @@ class BlockCache:
             self._moves.release_from(seq, -(-length // self.block_size))
             seq.length = length
             seq.num_cached = min(seq.num_cached, length)
+            seq.cut_tail = True
             self._index.pin(seq.tip)
             self._index.unpin(old_tip)
 

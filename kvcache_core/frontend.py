@@ -422,9 +422,10 @@ class FrontendCache(ABC):
             return
         try:
             largest = max(token_ids)
+            too_large = bool(largest >= vocab)
         except (TypeError, ValueError):
-            return
-        if largest >= vocab:
+            return  # no numbers in one row: opening or stepping says so
+        if too_large:
             raise InvalidInput(f"token ids must be 0 .. {vocab - 1} for this model, got {largest}")
 
     # ---- housekeeping --------------------------------------------------------------------------

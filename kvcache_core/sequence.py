@@ -27,6 +27,7 @@ class Sequence:
     __slots__ = (
         "_cache",
         "closed",
+        "cut_tail",
         "dropped",
         "extra_keys",
         "id",
@@ -51,6 +52,8 @@ class Sequence:
         self.namespace = cache.namespace
         self.closed = False
         self.in_step = False
+        self.cut_tail = False
+        """Whether the sequence itself truncated its last block, and so may overwrite what follows in it."""
         self.max_length = 0
         """Blocks are reserved up to this length when there is room."""
         self.nodes: list[int] = []

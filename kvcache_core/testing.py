@@ -84,8 +84,8 @@ def assert_cached_equals_recompute(
 
     - Where the adapter can run the model in float64 (PyTorch): the error against float64 is at most 1.5 times
       that of the uncached runs, plus 4 ulp. Uncached runs are those of the same rows, whole and in parts, alone
-      and together; the largest error counts. Where a cached output passes the bound, its place is run uncached in
-      16 more shapes before the check fails: one run's rounding can be small by luck.
+      and together; the largest error counts. Where a cached output passes the bound by less
+      than 16 times, its place is run uncached in 16 more shapes first: one run's rounding can be small by luck.
     - Else (Keras; a model that is float64 itself): the difference from the uncached output is at most 2.5 times as
       far as uncached outputs move when the same rows are computed alone, together, and as parts (of which at most
       256 ulp count), plus 32 ulp. 2.5 = 1 + 1.5: the error of the uncached run and the one allowed to the cached run.
@@ -212,7 +212,7 @@ class _Kit:
         half = [rows[0][: len(rows[0]) // 2]]
         self._inside("cold", "a first call with half of a row", half, 0)
         self._inside("warm", "a call whose first half was cached before", [rows[0]], len(half[0]) - 1)
-        self._inside("cold", "a ragged call, partly cached", rows, 0)
+        self._inside("warm", "a ragged call, partly cached", rows, 0)
         for _ in range(2):
             self._inside("warm", "the same ragged call, cached", rows, sum(len(row) - 1 for row in rows))
 
@@ -281,10 +281,10 @@ class _Kit:
     def _advance(self, kind: str, place: str, tokens: list[list[int]], seqs: list[Any], new: list[list[int]]) -> None:
         """One step; ``tokens`` are what the sequences hold afterwards."""
         output = self.cache.step(seqs, new)
-        for at, (own, more, one) in enumerate(zip(tokens, new, output, strict=True)):
-            if len(own) < seqs[at].length:
-                own += more
-            self._record(kind, f"{place}, sequence {at} of {kind}", own, one)
+        for at, one in enumerate(output):
+            if len(tokens[at]) < seqs[at].length:
+                tokens[at].extend(new[at])
+            self._record(kind, f"{place}, sequence {at} of {kind}", tokens[at], one)
 
     def _greedy(self, rows: list[list[int]], count: int, bound: float) -> None:
         options = GenerateOptions(count)
@@ -312,20 +312,19 @@ class _Kit:
         errors = [_distance(record.output, truth.outputs[record.tokens]) for record in self.records]
         order = sorted(range(len(errors)), key=lambda at: -errors[at] if errors[at] == errors[at] else -math.inf)
         worst = self.records[order[0]]
-        for at in order:
-            if errors[at] <= truth.bound or tolerance is not None:
-                break
+        for at in order[:3]:
             # One run's own error is one draw of its rounding, and can be small by luck at just this place.
-            truth.draw_again(worst.tokens)
+            if tolerance is None and truth.bound < errors[at] < 16 * truth.bound:
+                truth.draw_again(self.records[at].tokens)
         failed = [at for at in order if not errors[at] <= truth.bound]
         if failed:
             # The simplest kind of check that fails says most about the cause.
             at = min(failed, key=lambda at: list(_HINTS).index(self.records[at].kind))
             record = self.records[at]
             raise AssertionError(
-                f"{record.place}: the output behind {len(record.tokens)} tokens is off by {errors[at]:.3g}, allowed are "
-                f"{truth.bound:.3g} (measured against: {truth.reference}; uncached runs: {truth.own:.3g}); the largest "
-                f"error of all is {errors[order[0]]:.3g} in {worst.place}. Probably {_HINTS[record.kind]}"
+                f"{record.place}: the output behind {len(record.tokens)} tokens is off by {errors[at]:.3g}, allowed "
+                f"are {truth.bound:.3g} (measured against: {truth.reference}; uncached runs: {truth.own:.3g}); the "
+                f"largest error of all is {errors[order[0]]:.3g} in {worst.place}. Probably {_HINTS[record.kind]}"
             )
         compared = Counter(record.kind for record in self.records)
         reused = self.cache.stats().hit_tokens - hits_before

@@ -140,7 +140,7 @@ class Transactions:
             self.evicted_blocks += len(evicted)
             if copy:
                 table[at] = taken.pop(0)
-            table += taken
+            table.extend(taken)
         seq.in_step = True
         return Reservation(seq, memoryview(tokens), lengths, copied)
 
@@ -151,6 +151,9 @@ class Transactions:
         node, used = seq.nodes[-1], len(seq.tables)
         if any(self.index.block(number, node) for number in range(used, len(self.groups))):
             # Stored outputs belong to the tail, and this sequence stores none: it must not grow under them.
+            return True
+        if self.index.fill(node) > seq.length % self.block_size and not seq.cut_tail:
+            # The rest of the tail is of a closed sequence that this one was matched with: it stays findable.
             return True
         return not (self.index.is_open(node) and self._held_alone(seq))
 
@@ -195,6 +198,7 @@ class Transactions:
             if offset + count == size:
                 self._publish(seq, at)
         seq.in_step = False
+        seq.cut_tail = False
         self.index.pin(seq.tip)
         self.index.unpin(old_tip)
         self.drop_behind_window(seq)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from kvcache_core.errors import UsageError
 from kvcache_core.frontend import Call
 from kvcache_keras.context import local, not_recording, recording
-from kvcache_keras.runner import last_of
+from kvcache_keras.runner import last_of, place
 from kvcache_keras.step import pack, signature
 from kvcache_keras.transparent import Rows, check_ids, output_slots, rows_of
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["AttachedCall"]
 
 _Tensor = Any
+_latest: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
+"""The result of the latest cached call in each graph under construction."""
 _ROW_ARGUMENTS = ("lengths", "mask", "attention_mask")
 
 
@@ -56,6 +59,7 @@ class AttachedCall:
         self.model.supports_masking = self._supports_masking
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's call."""
         added = {name: kwargs.get(name) for name in _ROW_ARGUMENTS if kwargs.get(name) is not None}
         for name in _ROW_ARGUMENTS:
             if name not in self._own:
@@ -156,7 +160,9 @@ class _GraphCall:
         shapes += [[None, None], *([None, 2] for _ in range(count)), *(spec.shape for spec in packed)]
         types_ = [tf.bool, tf.int64, *[tf.int32] * (len(shapes) - 2)]
         samples = cache.weights_of(self.model).sample()
-        fits, number, aligned, columns, last, slots, *rest = self._host(self._begin, types_, shapes, samples)
+        graph = tf.compat.v1.get_default_graph()
+        with tf.control_dependencies(_latest.get(graph, [])):  # an earlier call's tokens are there to be found
+            fits, number, aligned, columns, last, slots, *rest = self._host(self._begin, types_, shapes, samples)
 
         def through_cache() -> _Tensor:
             pairs, arrays = rest[:count], rest[count:]
@@ -174,7 +180,9 @@ class _GraphCall:
         y = tf.cond(fits, through_cache, lambda: self._plain(aligned, columns, last, only_last=not self.all_outputs))
         width = self.x.shape[1] if self.all_outputs else 1
         y.set_shape((self.x.shape[0], width, *cache.spec.output_shape))
-        return _without_gradient(y)
+        y = _without_gradient(y)
+        _latest[graph] = [y]
+        return y
 
     def _plain(self, aligned: _Tensor, columns: _Tensor, last: _Tensor, *, only_last: bool) -> _Tensor:
         x = tf.cast(aligned, self.x.dtype) if self.padded else self.x
@@ -247,12 +255,6 @@ class _GraphCall:
         return number
 
 
-def place(output: _Tensor, columns: _Tensor) -> _Tensor:
-    """Outputs of aligned rows [B, T, ...] at the columns of the input; zeros at padding."""
-    zeros = tf.zeros_like(output[:, :1])
-    return tf.gather(tf.concat((output, zeros), axis=1), columns, axis=1, batch_dims=1)
-
-
 def _copy(store: Any, group: int, pairs: _Tensor, stride: _Tensor) -> _Tensor:
     store.copy_rows(group, pairs, stride)
     return tf.constant(0)
@@ -289,9 +291,8 @@ def _values(given: Any) -> Any:
 def _with_row_arguments(signature_: inspect.Signature) -> inspect.Signature:
     parameters = list(signature_.parameters.values())
     tail = [parameters.pop()] if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
-    for name in _ROW_ARGUMENTS:
-        if name not in signature_.parameters:
-            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None))
+    missing = [name for name in _ROW_ARGUMENTS if name not in signature_.parameters]
+    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in missing]
     return signature_.replace(parameters=parameters + tail)
 
 

@@ -57,7 +57,7 @@ def attend(
     kv_heads, _, context, value_size = dimensions(v)
     group = heads // kv_heads
     rows, q_is_single = group * new, q.shape[1] == 1
-    q = q * tf.cast(size**-0.5 if scale is None else scale, q.dtype)
+    q = q * tf.constant(size**-0.5 if scale is None else scale, q.dtype)  # tf.cast would round to float32 first
     q = reshape(q, (batch, new, kv_heads, group, size))
     q = reshape(tf.transpose(q, (2, 0, 3, 1, 4)), (kv_heads, batch, rows, size))
     scores = tf.matmul(q, k, transpose_b=True)
@@ -94,7 +94,7 @@ def attend_in_chunks(
         q_positions: int32 [B, T], ascending in each row.
         first: int32 [B], position of each row's first key; keys follow without gaps.
     """
-    batch, new, heads, _ = dimensions(q)
+    _, new, heads, _ = dimensions(q)
     context, value_size = tf.shape(k)[2], v.shape[-1]
     low, high = q_positions - first[:, None], q_positions - first[:, None] + 1
 

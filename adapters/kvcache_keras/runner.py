@@ -16,7 +16,7 @@ from kvcache_keras.kernels import dimensions, plain_attention, reshape
 from kvcache_keras.step import Step, check_query, pack, signature
 from kvcache_keras.store import TensorStore
 
-__all__ = ["Recompute", "StepRunner", "build", "last_of", "recompute_of", "to_numpy"]
+__all__ = ["Recompute", "StepRunner", "build", "last_of", "place", "recompute_of", "to_numpy"]
 
 _Tensor = Any
 
@@ -100,6 +100,12 @@ class StepRunner:
 def last_of(output: _Tensor, last: _Tensor) -> _Tensor:
     """Each row's output at ``last`` [B]: [B, 1, ...]."""
     return tf.gather(output, last, axis=1, batch_dims=1)[:, None]
+
+
+def place(output: _Tensor, columns: _Tensor) -> _Tensor:
+    """Outputs of aligned rows [B, T, ...] at the columns of the input; zeros at padding."""
+    zeros = tf.zeros_like(output[:, :1])
+    return tf.gather(tf.concat((output, zeros), axis=1), columns, axis=1, batch_dims=1)
 
 
 class _Uncached:

@@ -116,11 +116,11 @@ class TensorStore:
         """The reverse of :meth:`export_block`."""
         for key, values in content.items():
             array = self._arrays[key]
-            values = np.ascontiguousarray(np.asarray(values).swapaxes(0, 1))
+            heads = np.ascontiguousarray(np.asarray(values).swapaxes(0, 1))
             if array.dtype == tf.bfloat16:
-                values = values.view(tf.bfloat16.as_numpy_dtype)
+                heads = heads.view(tf.bfloat16.as_numpy_dtype)
             tf.raw_ops.ResourceScatterUpdate(
-                resource=array.handle, indices=self._rows(key, block), updates=tf.constant(values)
+                resource=array.handle, indices=self._rows(key, block), updates=tf.constant(heads)
             )
 
     def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.frontend import Call, FrontendCache, ModelSpec
 from kvcache_core.layout import BlockLayout
 from kvcache_core.plan import StepPlan
+from kvcache_core.sequence import Sequence as CachedSequence
+from kvcache_core.types import TokenIds
 from kvcache_torch.context import local
 from kvcache_torch.step import Recorder, Step
 from kvcache_torch.store import TensorStore, dtype_name, torch_dtype
@@ -49,6 +51,9 @@ class KVCache(FrontendCache):
         >>> torch.equal(first[:, :8], second[:, :8]), cache.stats().hit_tokens
         (True, 8)
     """
+
+    _watched: list[Tensor]
+    _versions: list[int]
 
     def _dtype_name(self, dtype: Any) -> str:
         return dtype_name(dtype)
@@ -86,10 +91,25 @@ class KVCache(FrontendCache):
 
     def _fingerprint(self, model: nn.Module) -> bytes:
         # A version counter moves with every in-place change; a replaced tensor has another address.
+        tensors = [*model.parameters(), *model.buffers()]
         marks: list[int] = []
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in tensors:
             marks += (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        self._watched = [tensor for tensor in tensors if not tensor.is_inference()]
+        self._versions = [tensor._version for tensor in self._watched]
         return np.array(marks, np.uint64).tobytes()
+
+    def step(self, seqs: Sequence[CachedSequence], token_ids: Sequence[TokenIds]) -> Any:
+        """As :meth:`FrontendCache.step`; weights changed in place since the last step are noticed.
+
+        Raises:
+            StaleSequence: a sequence's past was computed with other weights.
+        """
+        # Finding the tensors costs milliseconds in a deep model, comparing their counters microseconds.
+        self._prepare()
+        if self._versions != [tensor._version for tensor in self._watched]:
+            self.refresh()
+        return super().step(seqs, token_ids)
 
     def _install(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
@@ -169,11 +189,12 @@ class KVCache(FrontendCache):
         reason = _reason_to_bypass(self.model)
         if reason:
             self.bypass(sum(map(len, rows.tokens)), reason)
-            return original(x)
+            return rows.last_of(rows.outside(original, x)) if self.outputs == "last" else rows.outside(original, x)
+        self.refresh()
         for row in rows.tokens:
             self.check_vocabulary(row)
         with torch.no_grad(), self.call(rows.tokens) as call:
-            result = original(x) if call is None else self._answer(call, rows)
+            result = rows.outside(original, x) if call is None else self._answer(call, rows)
         if call is None and self.outputs == "last":
             result = rows.last_of(result)
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.model.parameters()):

@@ -9,12 +9,12 @@ from torch import Tensor
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.layout import LayerSpec
 from kvcache_core.plan import GroupPlan, StepPlan
-from kvcache_torch.kernels import attend_all, attend_context_and_new, attend_extents, attend_masked, plain_attention
+from kvcache_torch.kernels import attend_all, attend_extents, attend_masked, plain_attention
 from kvcache_torch.store import TensorStore, dtype_name
 
 __all__ = ["Recorder", "Step"]
 
-_MERGE_AT_MOST = 8
+_VIEWS_AT_MOST = 8
 """With more extents than this their K/V are copied together first."""
 
 
@@ -110,16 +110,14 @@ class Step:
         query = q[row, :, :count]
         visible_all = group.window is None or start + count <= group.window
         if softcap is None and count == 1:
-            if len(extents) > _MERGE_AT_MOST:
+            if len(extents) > _VIEWS_AT_MOST:
                 return attend_extents(query, [self._gather(keys, values, extents)], scale)
             views = [self._cast(keys[:, at : at + size], values[:, at : at + size]) for at, size, _ in extents]
             return attend_extents(query, views, scale)
-        if softcap is None and visible_all:
-            own_k, own_v = k[row, :, :count], v[row, :, :count]
-            if not start:
-                return plain_attention(query[None], own_k[None], own_v[None], None, scale, None)[0]
-            context = self._gather(keys, values, _head(extents, start))
-            return attend_context_and_new(query, context, own_k, own_v, scale)
+        if not start and visible_all and softcap is None:
+            return plain_attention(
+                query[None], k[row : row + 1, :, :count], v[row : row + 1, :, :count], None, scale, None
+            )[0]
         seen_k, seen_v = self._gather(keys, values, extents)
         where = torch.arange(extents[0][2], start + count, device=q.device)
         mine = self.positions[row, :count, None]
@@ -261,9 +259,7 @@ def _run(group: GroupPlan) -> slice | None:
     if len(slots) > 1:
         return None
     first, last = int(slots[0, 0]), int(slots[0, -1])
-    return slice(first, last + 1) if last - first == slots.shape[1] - 1 else None
-
-
-def _head(extents: list[tuple[int, int, int]], end: int) -> list[tuple[int, int, int]]:
-    """The part of the extents before position ``end``."""
-    return [(at, min(size, end - first), first) for at, size, first in extents if first < end]
+    # The ends alone do not tell: a block from elsewhere may stand in between.
+    if last - first != slots.shape[1] - 1 or (np.diff(slots[0]) != 1).any():
+        return None
+    return slice(first, last + 1)

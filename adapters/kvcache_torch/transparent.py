@@ -31,6 +31,22 @@ class Rows:
         """Whether no row is padded."""
         return all(len(row) == self.width for row in self.tokens)
 
+    def outside(self, original: Callable[..., Any], x: Tensor) -> Tensor:
+        """The model without the cache, [B, T, ...]; as with it, padding changes nothing and its output is zero."""
+        if self.is_full:
+            output: Tensor = original(x)
+            return output
+        aligned = torch.zeros_like(x)
+        for at, row in enumerate(self.tokens):
+            aligned[at, : len(row)] = torch.from_numpy(row)
+        output = original(aligned)
+        columns = np.arange(self.width)[None] - np.array(self.first)[:, None]
+        there = (columns >= 0) & (columns < np.array([len(row) for row in self.tokens])[:, None])
+        index = torch.from_numpy(np.where(there, columns, 0)).to(x.device)
+        placed = output[torch.arange(len(index), device=x.device)[:, None], index]
+        kept = torch.from_numpy(there).to(x.device)
+        return placed * kept.reshape(*kept.shape, *[1] * (placed.dim() - 2)).to(placed.dtype)
+
     def last_of(self, output: Tensor) -> Tensor:
         """Each row's last output, [B, 1, ...]."""
         last = torch.tensor([first + len(row) - 1 for first, row in zip(self.first, self.tokens, strict=True)])
@@ -108,7 +124,7 @@ def with_recomputed_gradient(cache: Any, original: Callable[..., Any], x: Tensor
     """Let a cached result take part in autograd: backward runs the model once more, as outside."""
 
     def forward() -> Tensor:
-        output: Tensor = original(x)
+        output = rows.outside(original, x)
         return rows.last_of(output) if cache.outputs == "last" else output
 
     weights = [weight for weight in cache.model.parameters() if weight.requires_grad]

@@ -17,8 +17,8 @@ from tests.reference_decoder import (
     scripts,
 )
 
-# The default is what fits the suite's time; HYPOTHESIS_PROFILE=thorough or the slow marker looks further.
-QUICK = settings(max_examples=80, deadline=None)
+# What fits the suite's time; the slow tests look further.
+QUICK = settings(max_examples=60, deadline=None)
 LONG = settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 

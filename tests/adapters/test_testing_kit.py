@@ -1,0 +1,269 @@
+"""kvcache_core.testing: passes on right models, fails on each that is broken on purpose."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+import kvcache_keras
+import kvcache_torch
+from kvcache_core import InvalidInput, KVCacheWarning
+from kvcache_core.testing import assert_cached_equals_recompute
+from tests.adapters.torch.models import RandomDecoder, Small
+from tests.reference_decoder import decoder_configs, make_weights
+
+VOCAB, WIDTH, HEADS = 31, 16, 2
+FAULTS = ["positions", "mixing", "leak", "own state", "layers", "later tokens", "scale", "batch"]
+
+
+# ---- the same model in both frameworks, with a fault on request -------------------------------------------
+
+
+class TorchModel(nn.Module):
+    def __init__(self, fault: str = "", *, width: int = WIDTH) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.tokens, self.places = nn.Embedding(VOCAB, width), nn.Embedding(64, width)
+            self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(2))
+            self.head = nn.Linear(width, VOCAB)
+        self.fault = fault
+        self.state: Any = 0.0
+        self.eval()
+
+    def forward(self, x):
+        length = x.shape[1]
+        where = torch.arange(length)[None] if self.fault == "positions" else kvcache_torch.positions(length)
+        h = self.tokens(x) + self.places(where)
+        inside = kvcache_torch.context.local.stepping
+        for at, project in enumerate(self.qkv):
+            q, k, v = project(h).unflatten(-1, (3 * HEADS, -1)).transpose(1, 2).chunk(3, dim=1)
+            # Prefill and decode disagree about which layer is which.
+            layer = 1 - at if self.fault == "layers" and length == 1 else at
+            layer = 1 - at if self.fault == "swapped everywhere" else layer
+            scale = 0.1 if self.fault == "scale" and inside else None
+            y = kvcache_torch.attention(q, k, v, layer=layer, scale=scale)
+            h = h + y.transpose(1, 2).flatten(2)
+            if self.fault == "mixing":
+                h = h + 0.1 * torch.cumsum(h, dim=1)  # causal, but not by attention
+            if self.fault == "later tokens":
+                h = h + 0.1 * h.mean(dim=1, keepdim=True)
+            if self.fault == "batch":
+                h = h + 0.1 * h.mean(dim=0, keepdim=True)
+        if self.fault == "leak":
+            h = h + self.state
+            self.state = 0.1 * h.detach().mean()
+        if self.fault == "own state" and inside:
+            h = h + self.state
+            self.state = 0.1 * h.detach()[:1, -1:]
+        return self.head(h)
+
+
+class KerasModel(keras.Model):
+    def __init__(self, fault: str = "") -> None:
+        super().__init__()
+        keras.utils.set_random_seed(1)
+        self.tokens, self.places = keras.layers.Embedding(VOCAB, WIDTH), keras.layers.Embedding(64, WIDTH)
+        self.qkv = [keras.layers.Dense(3 * WIDTH) for _ in range(2)]
+        self.head = keras.layers.Dense(VOCAB)
+        self.fault = fault
+        self.state = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def call(self, x):
+        rows, length = tf.shape(x)[0], tf.shape(x)[1]
+        where = tf.range(length)[None] if self.fault == "positions" else kvcache_keras.positions(length)
+        h = self.tokens(x) + self.places(where)
+        for at, project in enumerate(self.qkv):
+            qkv = tf.reshape(project(h), (rows, length, 3 * HEADS, WIDTH // HEADS))
+            q, k, v = tf.split(qkv, 3, axis=2)
+            inside = kvcache_keras.context.local.step is not None
+            layer = 1 - at if self.fault == "layers" and x.shape[1] == 1 else at
+            layer = 1 - at if self.fault == "swapped everywhere" else layer
+            scale = 0.1 if self.fault == "scale" and inside else None
+            y = kvcache_keras.attention(q, k, v, layer=layer, scale=scale)
+            h = h + tf.reshape(y, (rows, length, WIDTH))
+            if self.fault == "mixing":
+                h = h + 0.1 * tf.cumsum(h, axis=1)
+            if self.fault == "later tokens":
+                h = h + 0.1 * tf.reduce_mean(h, axis=1, keepdims=True)
+            if self.fault == "batch":
+                h = h + 0.1 * tf.reduce_mean(h, axis=0, keepdims=True)
+        if self.fault == "leak":
+            h = h + self.state
+            self.state.assign(0.1 * tf.reduce_mean(h))
+        return self.head(h)
+
+
+def torch_case(fault: str = "", **options: Any) -> Any:
+    return SimpleNamespace(model=TorchModel(fault), cache=kvcache_torch.KVCache(256, block_size=4, **options))
+
+
+def keras_case(fault: str = "", **options: Any) -> Any:
+    return SimpleNamespace(model=KerasModel(fault), cache=kvcache_keras.KVCache(256, block_size=4, **options))
+
+
+FRAMEWORKS = {"torch": torch_case, "keras": keras_case}
+
+
+@pytest.fixture(params=list(FRAMEWORKS))
+def make(request: pytest.FixtureRequest) -> Any:
+    return FRAMEWORKS[request.param]
+
+
+# ---- right models ---------------------------------------------------------------------------------------------
+
+
+def test_a_right_model_passes(make):
+    case = make()
+    report = assert_cached_equals_recompute(case.model, case.cache, [[3, 1, 4, 1, 5]])
+    assert report.error <= report.bound < 1e-4
+    assert {"cold", "warm", "steps", "fork", "truncate"} <= set(report.compared)
+    assert report.reused_tokens > 100
+    assert case.cache.model is None, "it was attached for the time of the check"
+
+
+def test_renaming_the_layers_consistently_is_no_fault(make):
+    case = make("swapped everywhere")
+    assert_cached_equals_recompute(case.model, case.cache)
+
+
+def test_torch_is_measured_against_float64_and_keras_against_itself():
+    one, other = torch_case(), keras_case()
+    assert assert_cached_equals_recompute(one.model, one.cache).reference == "float64"
+    assert assert_cached_equals_recompute(other.model, other.cache).reference == "uncached"
+
+
+def test_an_attached_cache_stays_attached_and_keeps_what_it_holds(make):
+    case = make()
+    case.cache.attach(case.model, outputs="last")
+    case.cache.warm([list(range(20))])
+    report = assert_cached_equals_recompute(case.model, case.cache)
+    assert case.cache.model is case.model
+    assert case.cache.salt == b""
+    assert case.cache.core.cached_length(list(range(20))) == 19
+    assert report.compared["warm"] < 20, "outputs='last' compares the last outputs"
+
+
+@given(config=decoder_configs(dtypes=("float32", "float64")))
+@settings(max_examples=10)
+def test_random_decoders_pass(config):
+    model = RandomDecoder(config, make_weights(config)).eval()
+    cache = kvcache_torch.KVCache(512, block_size=config.block_size)
+    assert_cached_equals_recompute(model, cache, vocab_size=config.vocab, rounds=2, seed=config.seed % 97)
+
+
+def test_bfloat16_and_windows_pass():
+    model = Small((None, 5)).bfloat16()
+    report = assert_cached_equals_recompute(model, kvcache_torch.KVCache(256, block_size=4), seed=3)
+    assert report.reference == "float64"
+    assert report.error > 1e-4
+
+
+# ---- broken on purpose ----------------------------------------------------------------------------------------
+
+
+EXPECTED = {
+    "positions": "positions",
+    "mixing": "mixes",
+    "leak": "keeps state",
+    "own state": "differs|different|off by",
+    "layers": "layer",
+    "later tokens": "later tokens",
+    "scale": "other arguments",
+    "batch": "other rows",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_model_fails(make, fault):
+    case = make(fault)
+    if fault == "own state" and isinstance(case.model, keras.Model):
+        pytest.skip("the Keras model has no such fault: its steps run as graphs, which keep no Python state")
+    with pytest.raises(AssertionError, match=EXPECTED[fault]):
+        assert_cached_equals_recompute(case.model, case.cache)
+    assert case.cache.model is None
+    stats = case.cache.stats()
+    assert stats.open_sequences == 0
+    assert stats.live_blocks == 0
+
+
+def test_a_small_fault_is_found():
+    """1e-5 of another position's state: far above rounding, far below what a sampled text would show."""
+
+    class Slight(TorchModel):
+        def forward(self, x):
+            inside = kvcache_torch.context.local.stepping
+            y = super().forward(x)
+            return y * (1 + 1e-5) if inside else y
+
+    with pytest.raises(AssertionError, match=r"off by .*allowed are .*float64"):
+        assert_cached_equals_recompute(Slight(), kvcache_torch.KVCache(256, block_size=4))
+
+
+def test_a_model_in_training_mode_is_told():
+    model = Small().train()
+    with pytest.raises(AssertionError, match=r"model\.eval\(\)"):
+        assert_cached_equals_recompute(model, kvcache_torch.KVCache(256, block_size=4))
+
+
+def test_a_call_that_goes_around_the_cache_is_told():
+    case = torch_case()
+    case.model.train()  # no dropout: repeatable, but never cached
+    with pytest.warns(KVCacheWarning, match="being trained"), pytest.raises(AssertionError, match="went around the cache"):
+        assert_cached_equals_recompute(case.model, case.cache)
+
+
+# ---- what it refuses --------------------------------------------------------------------------------------------
+
+
+def test_a_lossy_cache_needs_a_tolerance(make):
+    case = make(dtype="bfloat16")
+    with pytest.raises(InvalidInput, match="tolerance="):
+        assert_cached_equals_recompute(case.model, case.cache)
+    report = assert_cached_equals_recompute(case.model, case.cache, tolerance=0.3)
+    assert report.reference == "tolerance"
+    assert 1e-4 < report.error <= 0.3
+    with pytest.raises(AssertionError, match=r"allowed are 1e-06"):
+        assert_cached_equals_recompute(case.model, case.cache, tolerance=1e-6)
+
+
+def test_bad_arguments(make):
+    case = make()
+    with pytest.raises(InvalidInput, match="max_length"):
+        assert_cached_equals_recompute(case.model, case.cache, max_length=10)
+    with pytest.raises(InvalidInput, match="leave room for every prompt"):
+        assert_cached_equals_recompute(case.model, case.cache, [[1] * 30])
+    small = type(case.cache)(8, block_size=4)
+    with pytest.raises(InvalidInput, match=r"needs \d+ blocks .* has 8"):
+        assert_cached_equals_recompute(case.model, small)
+
+
+def test_without_a_vocabulary_ids_come_from_the_prompts():
+    class OneHot(nn.Module):
+        def forward(self, x):
+            h = nn.functional.one_hot(x, 5).float().unsqueeze(1)
+            return kvcache_torch.attention(h, h, h, layer=0).squeeze(1)
+
+    cache = kvcache_torch.KVCache(256, block_size=4)
+    with pytest.raises(InvalidInput, match="vocab_size="):
+        assert_cached_equals_recompute(OneHot(), cache)
+    assert_cached_equals_recompute(OneHot(), cache, [[0, 1, 4]])
+    assert_cached_equals_recompute(OneHot(), cache, vocab_size=5)
+
+
+def test_the_model_is_what_the_arrays_say():
+    """The kit's own arithmetic, on numbers: shapes differ, NaN is never within a bound."""
+    from kvcache_core import testing
+
+    assert np.isnan(testing._distance(np.array([np.nan]), np.array([0.0])))
+    with pytest.raises(AssertionError, match="shape"):
+        testing._distance(np.zeros(2), np.zeros(3))
+    assert testing._longest({(1,), (1, 2), (2,)}) == [(1, 2), (2,)]

@@ -1,0 +1,334 @@
+"""One contract for every store: the bytes that were written are the bytes that are read, wherever they moved to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvcache_keras
+import kvcache_torch
+from kvcache_core import ArraySpec, BlockLayout, InvalidInput, InvalidType, LayerSpec
+from kvcache_core.store import NumpyStore
+
+STORES = {"numpy": NumpyStore, "torch": kvcache_torch.TensorStore, "keras": kvcache_keras.TensorStore}
+HALF = [name for name in STORES if name != "numpy"]
+BLOCK = 4
+
+LAYOUTS = {
+    "plain": BlockLayout([LayerSpec.attention(2, 8)] * 2, BLOCK),
+    "k and v differ": BlockLayout([LayerSpec.attention(2, 8, 3)], BLOCK),
+    "latent": BlockLayout([LayerSpec.latent(5)] * 2, BLOCK),
+    "outputs": BlockLayout([LayerSpec.attention(1, 4), LayerSpec.output(11)], BLOCK),
+    "outputs of another dtype": BlockLayout([LayerSpec.attention(1, 4), LayerSpec.output(6, "float64")], BLOCK),
+    "two groups": BlockLayout([LayerSpec.attention(2, 4), LayerSpec.attention(1, 6, window=5)], BLOCK),
+    "float64": BlockLayout([LayerSpec.attention(2, 3)], BLOCK, "float64"),
+    "float16": BlockLayout([LayerSpec.attention(2, 3)], BLOCK, "float16"),
+}
+
+
+@pytest.fixture(params=list(STORES))
+def make(request: pytest.FixtureRequest) -> Any:
+    return STORES[request.param]
+
+
+@pytest.fixture(params=list(LAYOUTS))
+def layout(request: pytest.FixtureRequest) -> BlockLayout:
+    return LAYOUTS[request.param]
+
+
+def arrays(layout: BlockLayout) -> list[tuple[int, ArraySpec]]:
+    return [(layer, array) for layer, spec in enumerate(layout.layers) for array in spec.arrays]
+
+
+def values(layout: BlockLayout, array: ArraySpec, count: int, seed: int = 0) -> np.ndarray:
+    """[N, H, D] in the array's dtype; bfloat16 as float32 that bfloat16 holds exactly."""
+    drawn = np.random.default_rng(seed).standard_normal((count, array.heads, array.size))
+    dtype = layout.array_dtype(array)
+    if dtype == "bfloat16":
+        return (drawn.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    return drawn.astype(dtype)
+
+
+def read(store: Any, layer: int, name: str, slots: Any) -> np.ndarray:
+    found = store.read(layer, name, np.asarray(slots))
+    if hasattr(found, "is_contiguous"):  # torch has no numpy bfloat16
+        return found.double().numpy()
+    return np.asarray(found).astype(np.float64)
+
+
+# ---- single operations ------------------------------------------------------------------------------------------
+
+
+def test_reads_what_was_written(make, layout):
+    store = make(layout, 6)
+    slots = np.array([5, 27, 6, 14])
+    for layer, array in arrays(layout):
+        new = values(layout, array, 4, layer)
+        store.write(layer, array.name, slots, new)
+        np.testing.assert_array_equal(read(store, layer, array.name, slots), new)
+        np.testing.assert_array_equal(read(store, layer, array.name, slots[::-1]), new[::-1])
+
+
+def test_writing_touches_only_its_slots(make, layout):
+    store = make(layout, 6)
+    for layer, array in arrays(layout):
+        store.write(layer, array.name, np.arange(4, 28), values(layout, array, 24, 1))
+        before = read(store, layer, array.name, np.arange(28))
+        store.write(layer, array.name, np.array([9, 20]), values(layout, array, 2, 2))
+        after = read(store, layer, array.name, np.arange(28))
+        changed = np.flatnonzero((before != after).any(axis=(1, 2)))
+        assert changed.tolist() == [9, 20]
+
+
+def test_a_new_store_reads_zeros(make, layout):
+    store = make(layout, 3)
+    for layer, array in arrays(layout):
+        assert not read(store, layer, array.name, np.arange(4 * BLOCK)).any()
+
+
+def test_the_null_block_is_there_and_takes_writes(make, layout):
+    store = make(layout, 1)
+    for layer, array in arrays(layout):
+        # Padding tokens all write into slot 0, several at once.
+        store.write(layer, array.name, np.array([0, 0, 4]), values(layout, array, 3))
+        np.testing.assert_array_equal(read(store, layer, array.name, [4]), values(layout, array, 3)[2:])
+
+
+def test_writing_nothing_is_no_error(make, layout):
+    store = make(layout, 2)
+    layer, array = arrays(layout)[0]
+    store.write(layer, array.name, np.array([], np.int64), values(layout, array, 0))
+    assert read(store, layer, array.name, np.array([], np.int64)).shape == (0, array.heads, array.size)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 8), (2, 1, 8), (2, 2, 7), (2, 16)])
+def test_wrong_shapes_raise_and_change_nothing(make, shape):
+    store = make(LAYOUTS["plain"], 3)
+    with pytest.raises(InvalidInput, match=r"layer 1 array 'v' stores \[N, H, D\] = \(2, 2, 8\), got"):
+        store.write(1, "v", np.array([4, 5]), np.ones(shape, np.float32))
+    assert not read(store, 1, "v", np.arange(16)).any()
+
+
+def test_unknown_layers_and_names_raise(make):
+    store = make(LAYOUTS["latent"], 3)
+    for layer, name in ((0, "k"), (7, "latent")):
+        with pytest.raises(KeyError):
+            store.read(layer, name, np.array([4]))
+
+
+def test_bytes(make, layout):
+    store = make(layout, 5)
+    for layer, array in arrays(layout):
+        store.write(layer, array.name, np.array([4]), values(layout, array, 1))
+    assert store.nbytes == 6 * layout.bytes_per_block
+
+
+def test_copy_blocks_copies_one_group(make):
+    layout = LAYOUTS["two groups"]
+    store = make(layout, 6)
+    for layer, array in arrays(layout):
+        store.write(layer, array.name, np.arange(28), values(layout, array, 28, layer))
+    store.copy_blocks(1, np.array([[2, 5], [3, 6]]))
+    store.copy_blocks(0, np.zeros((0, 2), np.int64))
+    for layer, array in arrays(layout):
+        expected = values(layout, array, 28, layer)
+        if layout.group_of(layer) == 1:
+            expected[20:24], expected[24:28] = expected[8:12].copy(), expected[12:16].copy()
+        np.testing.assert_array_equal(read(store, layer, array.name, np.arange(28)), expected)
+
+
+def test_copies_read_before_they_write(make):
+    layout = LAYOUTS["plain"]
+    store = make(layout, 3)
+    for layer, array in arrays(layout):
+        store.write(layer, array.name, np.arange(16), values(layout, array, 16))
+    store.copy_blocks(0, np.array([[1, 2], [2, 3]]))
+    for layer, array in arrays(layout):
+        old = values(layout, array, 16)
+        np.testing.assert_array_equal(read(store, layer, array.name, np.arange(8, 16)), old[4:12])
+
+
+# ---- blocks as bytes ----------------------------------------------------------------------------------------------
+
+
+def test_export_and_import(make, layout):
+    one, other = make(layout, 4), make(layout, 9)
+    for layer, array in arrays(layout):
+        one.write(layer, array.name, np.arange(8, 12), values(layout, array, 4, layer))
+    for group in range(len(layout.groups)):
+        content = one.export_block(group, 2)
+        assert all(layout.group_of(layer) == group for layer, _ in content)
+        other.import_block(group, 8, content)
+    for layer, array in arrays(layout):
+        found = read(other, layer, array.name, np.arange(40))
+        np.testing.assert_array_equal(found[32:36], values(layout, array, 4, layer))
+        found[32:36] = 0
+        assert not found.any()
+
+
+def test_an_exported_block_is_a_copy(make):
+    layout = LAYOUTS["plain"]
+    store = make(layout, 3)
+    content = store.export_block(0, 1)
+    for layer, array in arrays(layout):
+        store.write(layer, array.name, np.arange(4, 8), values(layout, array, 4))
+    assert not any(one.any() for one in content.values())
+
+
+def test_a_block_is_imported_from_memory_that_cannot_be_written(make):
+    """What a file or a network hands over: read-only bytes."""
+    layout = LAYOUTS["plain"]
+    one, other = make(layout, 3), make(layout, 3)
+    for layer, array in arrays(layout):
+        one.write(layer, array.name, np.arange(4, 8), values(layout, array, 4))
+    content = {
+        key: np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
+        for key, array in one.export_block(0, 1).items()
+    }
+    other.import_block(0, 2, content)
+    for layer, array in arrays(layout):
+        np.testing.assert_array_equal(read(other, layer, array.name, np.arange(8, 12)), values(layout, array, 4))
+
+
+def test_every_store_exports_the_same_bytes(layout):
+    blocks = []
+    for make in STORES.values():
+        store = make(layout, 4)
+        for layer, array in arrays(layout):
+            store.write(layer, array.name, np.arange(4, 8), values(layout, array, 4, layer))
+        blocks.append([store.export_block(group, 1) for group in range(len(layout.groups))])
+    _equal_bytes(blocks)
+
+
+def test_bfloat16_exports_its_bits_in_both_frameworks():
+    layout = BlockLayout([LayerSpec.attention(2, 3), LayerSpec.output(5, "float32")], BLOCK, "bfloat16")
+    blocks = []
+    for name in HALF:
+        store = STORES[name](layout, 4)
+        for layer, array in arrays(layout):
+            store.write(layer, array.name, np.arange(4, 8), values(layout, array, 4, layer))
+            np.testing.assert_array_equal(
+                read(store, layer, array.name, np.arange(4, 8)), values(layout, array, 4, layer)
+            )
+        blocks.append([store.export_block(group, 1) for group in range(len(layout.groups))])
+    assert blocks[0][0][0, "k"].dtype == np.uint16
+    bits = np.ascontiguousarray(values(layout, layout.layers[0].arrays[0], 4, 0)).view(np.uint32) >> 16
+    np.testing.assert_array_equal(blocks[0][0][0, "k"], bits)
+    _equal_bytes(blocks)
+
+
+@pytest.mark.parametrize("source", HALF)
+@pytest.mark.parametrize("target", HALF)
+def test_a_block_moves_between_frameworks(source, target):
+    layout = BlockLayout([LayerSpec.attention(2, 3, 5)], BLOCK, "bfloat16")
+    one, other = STORES[source](layout, 3), STORES[target](layout, 3)
+    for layer, array in arrays(layout):
+        one.write(layer, array.name, np.arange(4, 8), values(layout, array, 4, layer))
+    other.import_block(0, 3, one.export_block(0, 1))
+    for layer, array in arrays(layout):
+        np.testing.assert_array_equal(
+            read(other, layer, array.name, np.arange(12, 16)), values(layout, array, 4, layer)
+        )
+
+
+def test_numpy_has_no_bfloat16():
+    with pytest.raises(InvalidType, match="numpy has no bfloat16"):
+        NumpyStore(BlockLayout([LayerSpec.attention(1, 2)], BLOCK, "bfloat16"), 2)
+
+
+def _equal_bytes(blocks: list[list[dict[Any, np.ndarray]]]) -> None:
+    first = blocks[0]
+    for other in blocks[1:]:
+        for one, two in zip(first, other, strict=True):
+            assert one.keys() == two.keys()
+            for key, array in one.items():
+                assert array.dtype == two[key].dtype
+                assert array.shape == two[key].shape
+                assert np.ascontiguousarray(array).tobytes() == np.ascontiguousarray(two[key]).tobytes()
+
+
+# ---- any sequence of operations, against a dictionary ----------------------------------------------------------
+
+
+class Naive:
+    """{(layer, name, block): [block_size, H, D]}; a missing block is zeros."""
+
+    def __init__(self, layout: BlockLayout, num_blocks: int) -> None:
+        self.layout, self.num_blocks = layout, num_blocks
+        self.blocks: dict[tuple[int, str, int], np.ndarray] = {}
+
+    def block(self, layer: int, array: ArraySpec, block: int) -> np.ndarray:
+        zeros = np.zeros((BLOCK, array.heads, array.size))
+        return self.blocks.setdefault((layer, array.name, block), zeros)
+
+
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("write"), st.lists(st.integers(0, 200), min_size=1, max_size=6), st.integers(0, 99)),
+        st.tuples(st.just("copy"), st.lists(st.integers(0, 50), min_size=4, max_size=4, unique=True)),
+        st.tuples(st.just("move"), st.integers(0, 50), st.integers(0, 50)),
+        st.tuples(st.just("resize"), st.integers(4, 9), st.permutations(range(1, 5))),
+    ),
+    max_size=8,
+)
+
+
+@pytest.mark.parametrize("name", list(STORES))
+@pytest.mark.parametrize("which", ["k and v differ", "two groups", "outputs"])
+@given(operations=operations)
+@settings(max_examples=15)
+def test_any_sequence_of_operations(name, which, operations):
+    layout = LAYOUTS[which]
+    store, naive = STORES[name](layout, 6), Naive(layout, 6)
+    for operation, *arguments in operations:
+        globals()[f"_{operation}"](store, naive, *arguments)
+    assert store.num_blocks == naive.num_blocks
+    slots = np.arange((naive.num_blocks + 1) * BLOCK)
+    for layer, array in arrays(layout):
+        expected = np.concatenate([naive.block(layer, array, block) for block in range(naive.num_blocks + 1)])
+        np.testing.assert_array_equal(read(store, layer, array.name, slots), expected)
+
+
+def _write(store: Any, naive: Naive, slots: list[int], seed: int) -> None:
+    capacity = (naive.num_blocks + 1) * BLOCK
+    slots = sorted({slot % capacity for slot in slots})
+    for layer, array in arrays(naive.layout):
+        new = values(naive.layout, array, len(slots), seed + layer)
+        store.write(layer, array.name, np.array(slots), new)
+        for slot, one in zip(slots, new, strict=True):
+            naive.block(layer, array, slot // BLOCK)[slot % BLOCK] = one
+
+
+def _copy(store: Any, naive: Naive, blocks: list[int]) -> None:
+    ids = list(dict.fromkeys(1 + block % naive.num_blocks for block in blocks))
+    pairs = np.array(list(zip(ids[::2], ids[1::2], strict=False))).reshape(-1, 2)
+    for group in range(len(naive.layout.groups)):
+        store.copy_blocks(group, pairs)
+    for layer, array in arrays(naive.layout):
+        for source, target in pairs:
+            naive.blocks[layer, array.name, int(target)] = naive.block(layer, array, int(source)).copy()
+
+
+def _move(store: Any, naive: Naive, source: int, target: int) -> None:
+    source, target = 1 + source % naive.num_blocks, 1 + target % naive.num_blocks
+    for group in range(len(naive.layout.groups)):
+        store.import_block(group, target, store.export_block(group, source))
+    for layer, array in arrays(naive.layout):
+        naive.blocks[layer, array.name, target] = naive.block(layer, array, source).copy()
+
+
+def _resize(store: Any, naive: Naive, size: int, order: list[int]) -> None:
+    """Shrinking moves blocks from beyond the new end into the lowest; what they replace is given up."""
+    beyond = range(size + 1, naive.num_blocks + 1)
+    moves = [dict(zip(beyond, order, strict=False)) for _ in naive.layout.groups]
+    store.resize(size, moves)
+    for layer, array in arrays(naive.layout):
+        for source, target in moves[naive.layout.group_of(layer)].items():
+            naive.blocks[layer, array.name, target] = naive.block(layer, array, source).copy()
+        for block in range(size + 1, naive.num_blocks + 1):
+            naive.blocks.pop((layer, array.name, block), None)
+    naive.num_blocks = size

@@ -1,0 +1,137 @@
+"""The prefix index: nodes, sorted children, duplicates, and no node left over."""
+
+from __future__ import annotations
+
+from array import array
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcache_core.prefix import PrefixIndex
+from tests.strategies import common_head
+
+
+def _index(size=3, blocks=200):
+    return PrefixIndex(size, [blocks])
+
+
+def _tail(index, parent, tokens, block, extras=None):
+    node = index.open_tail(parent, extras or {})
+    index.append(node, array("i", tokens))
+    index.attach(node, 0, block)
+    return node
+
+
+def test_a_full_tail_is_found_by_its_key_and_a_second_one_is_handed_the_first():
+    index = _index()
+    root = index.open_root(b"", b"")
+    first = _tail(index, root, [1, 2, 3], 1)
+    assert index.is_open(first) and index.key(first) is None
+    assert index.complete(first) == first
+    assert index.find(index.key(first)) == first and not index.is_open(first)
+    second = _tail(index, root, [1, 2, 3], 2)
+    assert index.complete(second) == first
+    assert index.key(second) is None
+    index.detach(0, 2)
+    assert index.block(0, first) == 1
+    index.check_valid({root: 1})
+
+
+def test_the_keys_of_a_prompt_are_the_keys_its_blocks_get():
+    index = _index()
+    root = index.open_root(b"n", b"s")
+    extras = {1: b"x", 4: b"y"}
+    keys = index.keys(index.key(root), array("i", range(8)).tobytes(), 0, extras)
+    assert len(keys) == 2
+    node = root
+    for at, tokens in enumerate(([0, 1, 2], [3, 4, 5])):
+        node = _tail(index, node, tokens, at + 1, index.block_extras(extras, at))
+        index.complete(node)
+        assert index.key(node) == keys[at]
+    index.check_valid({root: 1})
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), max_size=25),
+    st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    st.booleans(),
+    st.data(),
+)
+def test_heads_come_longest_first_and_none_is_missed(runs, probe, with_extras, data):
+    index = _index()
+    root = index.open_root(b"", b"")
+    shared = {}
+    for number, run in enumerate(runs, 1):
+        extras = {0: b"x"} if with_extras and data.draw(st.booleans()) else {}
+        node = _tail(index, root, run, number, extras)
+        if len(run) == 3:
+            if index.complete(node) != node:
+                index.detach(0, number)
+                continue
+        elif data.draw(st.booleans()):
+            index.close_tail(node)
+        shared[node] = 0 if extras else common_head(run, probe)
+    found = list(index.heads(root, array("i", probe)))
+    counts = [count for count, _ in found]
+    assert counts == sorted(counts, reverse=True)
+    assert sorted((node, count) for count, node in found) == sorted((n, c) for n, c in shared.items() if c)
+    index.check_valid({root: 1})
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.lists(st.integers(0, 1), min_size=3, max_size=3)), max_size=30),
+    st.randoms(),
+)
+def test_nothing_is_left_when_every_block_went(grown, rng):
+    """Blocks go in any order: a node stays while it has a block or a child, and not longer."""
+    index = _index()
+    root = index.open_root(b"", b"")
+    nodes, blocks = [root], []
+    for number, (parent, tokens) in enumerate(grown, 1):
+        above = nodes[parent % len(nodes)]
+        node = _tail(index, above, tokens, number)
+        known = index.complete(node)
+        if known != node:
+            index.detach(0, number)
+            continue
+        nodes.append(known)
+        blocks.append(number)
+    index.check_valid({root: 1})
+    rng.shuffle(blocks)
+    for block in blocks:
+        index.detach(0, block)
+        index.check_valid({root: 1})
+    assert len(index) == 1
+    index.unpin(root)
+    assert len(index) == 0
+
+
+def test_nodes_are_used_again():
+    index = _index()
+    for salt in range(100):
+        root = index.open_root(b"", bytes([salt]))
+        node = _tail(index, root, [1], 1)
+        index.detach(0, 1)
+        assert node
+        index.unpin(root)
+    assert len(index._key) <= 4
+
+
+def test_renamed_blocks_keep_their_nodes():
+    index = _index(blocks=8)
+    root = index.open_root(b"", b"")
+    nodes = [_tail(index, root, [token], block) for token, block in ((1, 2), (2, 7), (3, 8))]
+    index.move_block(0, {7: 1, 8: 3}, 4)
+    assert [index.block(0, node) for node in nodes] == [2, 1, 3]
+    assert [index.node(0, block) for block in (2, 1, 3, 4)] == [*nodes, 0]
+    index.check_valid({root: 1})
+
+
+def test_a_tail_in_a_step_is_not_offered():
+    index = _index()
+    root = index.open_root(b"", b"")
+    node = _tail(index, root, [1, 2], 1)
+    index.begin_step(node)
+    assert list(index.heads(root, array("i", [1, 2]))) == []
+    index.end_step(node)
+    assert list(index.heads(root, array("i", [1, 2]))) == [(2, node)]
