@@ -81,9 +81,12 @@ def snapshot(core: BlockCache) -> dict[str, Any]:
         for number, pool in enumerate(group.pool for group in core.groups)
     ]
     sequences = {
-        seq.id: (seq.length, seq.num_cached, seq.in_step, seq.max_length, list(seq.nodes))
-        + tuple(tuple(table) for table in seq.tables)
-        + tuple(seq.dropped)
+        seq.id: (
+            (seq.length, seq.num_cached, seq.in_step, seq.max_length, seq.cut_tail),
+            list(seq.nodes),
+            [list(table) for table in seq.tables],
+            list(seq.dropped),
+        )
         for seq in core._open.values()
     }
     return {"nodes": nodes, "pools": pools, "sequences": sequences, "stats": core.stats()}

@@ -60,7 +60,11 @@ def attend(
     q = q * tf.constant(size**-0.5 if scale is None else scale, q.dtype)  # tf.cast would round to float32 first
     q = reshape(q, (batch, new, kv_heads, group, size))
     q = reshape(tf.transpose(q, (2, 0, 3, 1, 4)), (kv_heads, batch, rows, size))
-    scores = tf.matmul(q, k, transpose_b=True)
+    if q_is_single:
+        # The large operand on the left: with the few queries there, TensorFlow reads the keys 1.6 times slower.
+        scores = tf.transpose(tf.matmul(k, q, transpose_b=True), (0, 1, 3, 2))
+    else:
+        scores = tf.matmul(q, k, transpose_b=True)
     if scores.dtype in (tf.float16, tf.bfloat16):
         scores = tf.cast(scores, tf.float32)
     if softcap is not None:

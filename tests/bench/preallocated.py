@@ -1,0 +1,82 @@
+"""The peer to beat in PyTorch: a hand-written cache in the same example model.
+
+Fixed tensors [1, G, max, D] per layer, written at the position and sliced up to it: what one writes for a single
+sequence when nothing has to be shared, evicted or found again. The model is `examples/llama_torch.py` itself, loaded a
+second time with this module's `attention` and `positions` in the place of the library's, on the same weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["Preallocated"]
+
+
+class Preallocated:
+    """One sequence's cache, and the model that reads it.
+
+    Args:
+        model: the example model whose weights are used.
+        capacity: most tokens.
+        folded: how decode attention treats grouped queries: fold them into the query length, or `enable_gqa=True`.
+    """
+
+    def __init__(self, model: nn.Module, capacity: int, *, folded: bool) -> None:
+        module = _example_of_its_own()
+        module.attention = self._attention
+        module.positions = self._positions
+        module.select_outputs = lambda hidden: hidden[:, -1:]
+        self.model = module.Llama(model.config)
+        self.model.load_state_dict(model.state_dict(), assign=True)
+        self.model.eval().requires_grad_(False)
+        config = model.config
+        shape = (1, config.num_kv_heads, capacity, config.head_dim)
+        self.keys = [torch.zeros(shape) for _ in range(config.num_layers)]
+        self.values = [torch.zeros(shape) for _ in range(config.num_layers)]
+        self.length = 0
+        self._folded = folded
+        self._mask: Tensor | None = None
+
+    @torch.inference_mode()
+    def step(self, tokens: list[int]) -> Tensor:
+        """Append tokens; returns the logits [V] behind the last one."""
+        count = len(tokens)
+        if count > 1:
+            seen = torch.arange(self.length + count)
+            self._mask = seen <= torch.arange(self.length, self.length + count)[:, None]
+        logits = self.model(torch.tensor([tokens]))[0, -1]
+        self.length += count
+        return logits
+
+    def _positions(self, length: int, *, device: Any = None) -> Tensor:
+        return torch.arange(self.length, self.length + length, device=device).unsqueeze(0)
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int) -> Tensor:
+        end = self.length + q.shape[2]
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        keys, values = keys[:, :, :end], values[:, :, :end]
+        if q.shape[2] > 1:
+            if not self.length:
+                return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=self._mask, enable_gqa=True)
+        if not self._folded:
+            return F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+        groups = q.reshape(1, keys.shape[1], -1, q.shape[3])
+        return F.scaled_dot_product_attention(groups, keys, values).reshape(q.shape)
+
+
+def _example_of_its_own() -> ModuleType:
+    """A second copy of the example's module, whose names can be replaced without touching the first."""
+    spec = importlib.util.find_spec("llama_torch")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

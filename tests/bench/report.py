@@ -1,0 +1,123 @@
+"""Turn the benchmarks' JSON into docs/performance.md: `python tests/bench/report.py [FOLDER]`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = ROOT / "docs" / "performance.json"
+PAGE = ROOT / "docs" / "performance.md"
+ORDER = ("torch_decode", "torch_prefix", "keras_decode", "keras_lengths", "core_workload")
+
+HEAD = """# Performance
+
+Made by `make bench` (`tests/bench/`) from [performance.json](performance.json); do not edit. `make bench ARGS="--only
+torch_decode"` makes one table, `--quick` is shorter, `--publish` rewrites this page.
+
+Figures are medians over the runs, with the lowest and highest in brackets. Ours and the peers take turns in one
+process, so that whatever else the machine does hits all alike. A ratio is ours / peer, taken run by run: below 1 we
+are faster. The model is SmolLM2-135M-Instruct in float32.
+"""
+
+
+def number(value: float) -> str:
+    """Three significant digits, no exponent."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def spread(found: dict[str, Any]) -> str:
+    """Median [lowest - highest]."""
+    return f"{number(found['median'])} [{number(found['low'])}-{number(found['high'])}]"
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Whether the target is met, and by how much not."""
+    if row["target"] is None:
+        return ""
+    ratio = row["ratios"][row["target_peer"]]["median"]
+    bound = f"≤ {row['target']:.2f} x {row['target_peer']}"
+    return f"{bound}: {'met' if ratio <= row['target'] else '**missed**'} ({ratio:.2f})"
+
+
+def losses(tables: list[dict[str, Any]]) -> list[str]:
+    """Every case where a peer is faster or a target is missed."""
+    lines = []
+    for table in tables:
+        for row in table["rows"]:
+            for peer, ratio in row["ratios"].items():
+                if ratio["median"] > 1.005:
+                    lines.append(f"- {table['title']}, {row['case']}: {ratio['median']:.2f} x {peer}.")
+            if "missed" in verdict(row):
+                lines.append(f"- {table['title']}, {row['case']}: target {verdict(row)}.")
+    return lines
+
+
+def section(table: dict[str, Any]) -> list[str]:
+    """One benchmark: its text and a line per contender."""
+    text = [*table["text"], circumstances(table["measured"])]
+    lines = [f"## {table['title']}", "", *[line + "\n" for line in text]]
+    if any(row["peers"] for row in table["rows"]):
+        lines += ["| case | who | time | ours / peer |", "|---|---|---|---|"]
+        for row in table["rows"]:
+            lines.append(f"| {row['case']}, {row['unit']} | **ours** | {spread(row['ours'])} | |")
+            lines += [
+                f"| | {peer} | {spread(row['peers'][peer])} | {spread(row['ratios'][peer])} |" for peer in row["peers"]
+            ]
+        lines.append("")
+    return [*lines, *map(footnote, table["rows"]), ""]
+
+
+def circumstances(measured: dict[str, Any]) -> str:
+    """When and how a table was measured."""
+    load = "load average not recorded"
+    if measured["load"]:
+        load = "load average {} at the start, {} at the end".format(*measured["load"])
+    said = f"Measured {measured['date']}, threads: {measured['threads']}; {load}."
+    if measured["clock"] == "processor":
+        said += (
+            " Processor time of this process, not wall time: other programs used the machine, and waiting for a core "
+            "is left out on both sides."
+        )
+    return said
+
+
+def footnote(row: dict[str, Any]) -> str:
+    """A row's target, its number of runs and what else was counted."""
+    said = [f"target {verdict(row)}"] if row["target"] else []
+    said.append(f"{row['ours']['runs']} runs")
+    said += [f"{name} {number(value)}" for name, value in row["extra"].items()]
+    return f"- {row['case']}: {'; '.join(said)}."
+
+
+def page(result: dict[str, Any]) -> str:
+    """The whole page."""
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    tables = sorted(result["tables"], key=lambda table: ORDER.index(table["name"]))
+    lines = [HEAD]
+    lines.append(
+        f"Machine: {machine['cores']} cores ({machine['cpu']}), {machine['memory_gib']} GiB, {machine['system']}, "
+        f"Python {machine['python']}; {versions}.\n"
+    )
+    lines += ["## Where we lose", "", *(losses(tables) or ["Nowhere in these tables."]), ""]
+    missing = [name for name in ORDER if name not in {table["name"] for table in tables}]
+    if missing:
+        lines += [f"Not measured yet: {', '.join(f'`{name}`' for name in missing)}.", ""]
+    for table in tables:
+        lines += section(table)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main(source: Path = COMMITTED) -> None:
+    """Write the page from the JSON."""
+    PAGE.write_text(page(json.loads(source.read_text())), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:2]))
