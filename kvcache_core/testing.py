@@ -83,9 +83,9 @@ def assert_cached_equals_recompute(
     the coarser one of the output's and the K/V dtype (float32: 1.2e-7 to 6e-8 of it; bfloat16: 0.8 % to 0.4 %).
 
     - Where the adapter can run the model in float64 (PyTorch): the error against float64 is at most 1.5 times
-      that of the uncached runs, plus 8 ulp (bfloat16, float16: 1 ulp). Uncached runs are those of the same rows, whole and in parts, alone
-      and together; the largest error counts. Where a cached output passes the bound by less
-      than 16 times, its place is run uncached in 16 more shapes first: one run's rounding can be small by luck.
+      that of the uncached runs, plus 8 ulp (bfloat16, float16: 1 ulp). Uncached runs are those of the same rows,
+      whole and in parts, alone and together; the largest error counts. Where a cached output passes the bound by
+      less than 16 times, its place is run uncached in 16 more shapes first: one run's rounding can be small by luck.
     - Else (Keras; a model that is float64 itself): the difference from the uncached output is at most 2.5 times as
       far as uncached outputs move when the same rows are computed alone, together, and as parts (of which at most
       256 ulp count), plus 32 ulp. 2.5 = 1 + 1.5: the error of the uncached run and the one allowed to the cached run.
