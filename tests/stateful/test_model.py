@@ -469,7 +469,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"pool_sizes": (400, 400)},
         ("exact match", "match inside a block", "copy", "truncate", "rollback"),
     ),
-    "full, a small pool": ({}, ("match", "copy", "CacheFull", "eviction", "resize", "resize refused")),
+    "full, a small pool": ({}, ("match", "copy", "CacheFull", "eviction", "resize")),
     "window": ({"windows": (4,)}, ("match", "copy", "eviction", "truncate")),
     "mixed": ({"windows": (None, 3, 7)}, ("match", "copy", "CacheFull", "eviction", "truncate")),
     "outputs": ({"outputs": True, "pool_sizes": (8, 200)}, ("match", "copy", "exact match")),
