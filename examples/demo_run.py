@@ -16,7 +16,7 @@ from smollm2 import Checkpoint
 
 TITLES = {"torch": "PyTorch", "keras": "Keras"}
 WITHOUT, COLD, WARM = MODES = ("without cache", "with cache", "again, warm")
-PATIENCE = 4.0
+PATIENCE = 2.0
 
 
 @dataclass(frozen=True)
