@@ -83,7 +83,7 @@ def assert_cached_equals_recompute(
     the coarser one of the output's and the K/V dtype (float32: 1.2e-7 to 6e-8 of it; bfloat16: 0.8 % to 0.4 %).
 
     - Where the adapter can run the model in float64 (PyTorch): the error against float64 is at most 1.5 times
-      that of the uncached runs, plus 8 ulp (bfloat16, float16: 1 ulp). Uncached runs are those of the same rows,
+      that of the uncached runs, plus 1 ulp. Uncached runs are those of the same rows,
       whole and in parts, alone and together; the largest error counts. Where a cached output passes the bound by
       less than 16 times, its place is run uncached in 16 more shapes first: one run's rounding can be small by luck.
     - Else (Keras; a model that is float64 itself): the difference from the uncached output is at most 2.5 times as
@@ -395,7 +395,7 @@ class _Truth:
         if self._tolerance is not None:
             return self._tolerance
         if self._wide is not None:
-            return 1.5 * self.own + (1 if self._kit.epsilon > 2.0**-11 else 8) * self._ulp
+            return 1.5 * self.own + self._ulp
         return 2.5 * min(self.own, 256 * self._ulp) + 32 * self._ulp
 
     def draw_again(self, tokens: tuple[int, ...]) -> None:
