@@ -37,6 +37,9 @@ class Step:
         self._slots = [torch.from_numpy(group.slots.reshape(-1)).to(device) for group in plan.groups]
         self._groups = [store.layout.group_of(layer) for layer in range(len(store.layout.layers))]
         self._used: set[int] = set()
+        # Per (group, row), made by the first layer and the same for all others.
+        self._masks: dict[tuple[int, int], Tensor] = {}
+        self._indices: dict[tuple[int, int], Tensor] = {}
         # Plain ints, once per step: reading numpy scalars in every layer would cost more than the write.
         self._counts: list[int] = plan.counts.tolist()
         self._starts: list[int] = plan.starts.tolist()
@@ -111,28 +114,40 @@ class Step:
         visible_all = group.window is None or start + count <= group.window
         if softcap is None and count == 1:
             if len(extents) > _VIEWS_AT_MOST:
-                return attend_extents(query, [self._gather(keys, values, extents)], scale)
+                return attend_extents(query, [self._gather(keys, values, number, row)], scale)
             views = [self._cast(keys[:, at : at + size], values[:, at : at + size]) for at, size, _ in extents]
             return attend_extents(query, views, scale)
         if not start and visible_all and softcap is None:
             return plain_attention(
                 query[None], k[row : row + 1, :, :count], v[row : row + 1, :, :count], None, scale, None
             )[0]
-        seen_k, seen_v = self._gather(keys, values, extents)
-        where = torch.arange(extents[0][2], start + count, device=q.device)
-        mine = self.positions[row, :count, None]
-        mask = where <= mine
-        if group.window is not None:
-            mask = mask & (where > mine - group.window)
-        return attend_masked(query[None], seen_k[None], seen_v[None], mask, scale, softcap)[0]
+        seen_k, seen_v = self._gather(keys, values, number, row)
+        return attend_masked(query[None], seen_k[None], seen_v[None], self._mask(number, row), scale, softcap)[0]
 
-    def _gather(self, keys: Tensor, values: Tensor, extents: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
-        """K and V of the extents: a view if there is one extent, else a copy."""
+    def _mask(self, number: int, row: int) -> Tensor:
+        """What each new token of the row sees of its extents: bool [count, S]."""
+        mask = self._masks.get((number, row))
+        if mask is None:
+            group, count = self.plan.groups[number], self._counts[row]
+            first = group.extents[row][0][2]
+            where = torch.arange(first, self._starts[row] + count, device=self.positions.device)
+            mine = self.positions[row, :count, None]
+            mask = where <= mine
+            if group.window is not None:
+                mask = mask & (where > mine - group.window)
+            self._masks[number, row] = mask
+        return mask
+
+    def _gather(self, keys: Tensor, values: Tensor, number: int, row: int) -> tuple[Tensor, Tensor]:
+        """K and V of the row's extents: a view if there is one extent, else a copy."""
+        extents = self.plan.groups[number].extents[row]
         if len(extents) == 1:
             at, size, _ = extents[0]
             return self._cast(keys[:, at : at + size], values[:, at : at + size])
-        index = torch.from_numpy(np.concatenate([np.arange(at, at + size) for at, size, _ in extents]))
-        index = index.to(keys.device)
+        index = self._indices.get((number, row))
+        if index is None:
+            slots = np.concatenate([np.arange(at, at + size) for at, size, _ in extents])
+            index = self._indices[number, row] = torch.from_numpy(slots).to(keys.device)
         return self._cast(keys.index_select(1, index), values.index_select(1, index))
 
     def _cast(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
