@@ -45,6 +45,8 @@ def main(
     """Answer questions that share a long system prompt: without a cache, with it, and again with it warm."""
     console = Console(stderr=json_path == "-")
     began = time.perf_counter()
+    for path in (chart_path, *([Path(json_path)] if json_path not in (None, "-") else [])):
+        path.parent.mkdir(parents=True, exist_ok=True)  # now, not when all is computed
     questions = (prompt or QUESTIONS)[: 1 if short else None]
     max_new_tokens = min(max_new_tokens, 4) if short else max_new_tokens
     contexts = (64, 128) if short else (64, 128, 256, 512, 1024)
