@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcache_core.cache import token_array
-from kvcache_core.generation import Decoder, GenerateOptions
+from kvcache_core.decoder import Decoder
+from kvcache_core.generation import GenerateOptions
 from kvcache_core.sampling import log_softmax
 
 __all__ = ["beam_search"]

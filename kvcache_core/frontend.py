@@ -11,12 +11,13 @@ import threading
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvcache_core.cache import BlockCache
 from kvcache_core.errors import CacheFull, InvalidInput, InvalidType, KVCacheWarning, UsageError
@@ -27,7 +28,7 @@ from kvcache_core.stats import CacheStats
 from kvcache_core.store import KVStore
 from kvcache_core.types import TokenIds
 
-__all__ = ["CacheDecoder", "Call", "FrontendCache", "ModelSpec", "parse_memory"]
+__all__ = ["Call", "FrontendCache", "ModelSpec", "parse_memory"]
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -178,6 +179,17 @@ class FrontendCache(ABC):
     @abstractmethod
     def _run_step(self, plan: StepPlan) -> Any:
         """Run the model over a plan; returns logits [B, V] behind each row's last token, as numpy."""
+
+    # ---- what an adapter may supply ------------------------------------------------------------
+
+    def _run_greedy(self, plan: StepPlan) -> NDArray[np.int64]:
+        """As :meth:`_run_step`, for the index of the largest logit: int64 [B]; the first of equal ones."""
+        chosen: NDArray[np.int64] = self._run_step(plan).argmax(axis=-1)
+        return chosen
+
+    def _weights_changed(self) -> bool:
+        """Asked before every step, so it must be cheap: whether weights changed since :meth:`refresh`."""
+        return False
 
     # ---- what an adapter may supply, for kvcache_core.testing -------------------------------------
 
@@ -358,10 +370,56 @@ class FrontendCache(ABC):
         Raises:
             CacheFull: no room; nothing was changed. Any error of the model leaves the cache as it was.
         """
+        return self._step(seqs, token_ids, self._run_step)
+
+    def step_greedy(self, seqs: Sequence[CachedSequence], token_ids: Sequence[TokenIds]) -> NDArray[np.int64]:
+        """As :meth:`step`, for the most likely next tokens alone: int64 [B]. Logits stay where they are."""
+        chosen: NDArray[np.int64] = self._step(seqs, token_ids, self._run_greedy)
+        return chosen
+
+    def decode_greedy(
+        self,
+        seqs: Sequence[CachedSequence],
+        token_ids: Sequence[TokenIds],
+        count: int,
+        eos_ids: Collection[int] = (),
+    ) -> NDArray[np.int64]:
+        """Append tokens to each sequence, then up to ``count`` - 1 further ones, each the most likely next.
+
+        An adapter may override this to stay out of Python between the steps.
+
+        Args:
+            seqs: the rows.
+            token_ids: one or more new tokens per row.
+            count: greedy tokens wanted, 1 or more.
+            eos_ids: stop behind the step in which any row chose one of these.
+
+        Returns:
+            int64 [B, n], 1 <= n <= count, the chosen tokens. As after :meth:`step`, the last one is not part
+            of its sequence yet: every row has grown by its ``token_ids`` and n - 1 tokens.
+
+        Raises:
+            CacheFull: no room for the first step. Without room for a later one, n is smaller.
+        """
+        ends = list(eos_ids)
+        chosen = [self.step_greedy(seqs, token_ids)]
+        while len(chosen) < count and not np.isin(chosen[-1], ends).any():
+            try:
+                chosen.append(self.step_greedy(seqs, chosen[-1][:, None].tolist()))
+            except CacheFull:
+                break
+        return np.stack(chosen, axis=1)
+
+    def _step(
+        self, seqs: Sequence[CachedSequence], token_ids: Sequence[TokenIds], run: Callable[[StepPlan], Any]
+    ) -> Any:
+        """One step as a transaction around ``run``."""
+        if self._weights_changed():
+            self.refresh()
         for ids in token_ids:
             self.check_vocabulary(ids)
         with self.transaction(seqs, token_ids) as plan:
-            return self._run_step(plan)
+            return run(plan)
 
     @contextmanager
     def transaction(self, seqs: Sequence[CachedSequence], token_ids: Sequence[TokenIds]) -> Iterator[StepPlan]:
@@ -483,57 +541,6 @@ class FrontendCache(ABC):
             bypassed_tokens=self._bypassed_tokens,
             saved_output_tokens=self._saved_output_tokens,
         )
-
-
-class CacheDecoder:
-    """Generation's view of a cache (:class:`kvcache_core.generation.Decoder`)."""
-
-    def __init__(self, cache: FrontendCache) -> None:
-        self._cache = cache
-        self._block_size = cache.core.block_size
-
-    def open(self, tokens: Sequence[int], max_new_tokens: int) -> CachedSequence:
-        """Open a sequence, with room reserved for what it will generate."""
-        return self._cache.open_fresh(tokens, max_new_tokens)
-
-    def step(self, seqs: Sequence[CachedSequence], tokens: Sequence[TokenIds]) -> Any:
-        """Logits [B, V] behind each row's last token."""
-        return self._cache.step(seqs, tokens)
-
-    def cached_length(self, tokens: Sequence[int]) -> int:
-        """How many leading tokens are in the cache now."""
-        return self._cache.core.cached_length(tokens, self._cache.salt)
-
-    def fits(self, running: Sequence[tuple[int, int]]) -> bool:
-        """Whether rows of (prompt tokens, new tokens) fit, if they share nothing."""
-        return self._needed(running) <= self._cache.core.num_blocks
-
-    def check_fits(self, prompt: int, new: int, copies: int) -> None:
-        """Raise CacheFull if the prompt cannot run even alone."""
-        needed = self._needed([(prompt, new)]) + (copies - 1) * (self._blocks(new) + 1)
-        capacity = self._cache.core.num_blocks
-        if needed > capacity:
-            raise CacheFull(
-                f"a prompt of {prompt} tokens with {new} new tokens needs {needed} blocks of "
-                f"{self._block_size} tokens; the whole cache has {capacity}; make it larger (size= or memory=) "
-                "or shorten the prompt",
-                needed=needed,
-                available=capacity,
-                capacity=capacity,
-            )
-
-    def _needed(self, rows: Sequence[tuple[int, int]]) -> int:
-        """Blocks in the layer group that needs most."""
-        groups = [group for group in self._cache.core.groups if group.kind != "output"]
-        return max(sum(self._blocks(self._kept(*row, group.window)) for row in rows) for group in groups)
-
-    def _kept(self, prompt: int, new: int, window: int | None) -> int:
-        """Tokens a row holds at most: all, or its prompt and then its window."""
-        total = prompt + new
-        return total if window is None else min(total, max(prompt, window) + 2 * self._block_size)
-
-    def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self._block_size)
 
 
 _attached: dict[int, tuple[weakref.ref[Any], weakref.ref[FrontendCache]]] = {}

@@ -3,54 +3,25 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvcache_core.cache import token_array
+from kvcache_core.decoder import Decoder
 from kvcache_core.errors import InvalidInput
 from kvcache_core.sampling import Sampling, pick
 
-__all__ = ["Decoder", "GenerateOptions", "RecomputeDecoder", "RunningSequence", "generate_tokens", "stream_tokens"]
+__all__ = ["GenerateOptions", "generate_tokens", "stream_tokens"]
 
 
 _WORTH_A_WAVE = 32
 """Tokens of shared prefix for which a prompt waits: a further wave reads all weights once more, which costs
 about as much as computing some tens of tokens."""
-
-
-class RunningSequence(Protocol):
-    """What generation needs of a sequence."""
-
-    num_cached: int
-
-    def fork(self) -> Any:
-        """A second sequence with the same past."""
-
-    def close(self) -> None:
-        """Give its room back."""
-
-
-class Decoder(Protocol):
-    """What generation needs of a model: each adapter makes one from its cache."""
-
-    def open(self, tokens: Sequence[int], max_new_tokens: int) -> Any:
-        """A sequence that has ``num_cached`` of ``tokens`` already."""
-
-    def step(self, seqs: Sequence[Any], tokens: Sequence[Sequence[int]]) -> NDArray[Any]:
-        """Append tokens to each row; returns the logits [B, V] behind each row's last token."""
-
-    def fits(self, running: Sequence[tuple[int, int]]) -> bool:
-        """Whether rows of (prompt tokens, new tokens) can run together."""
-
-    def check_fits(self, prompt: int, new: int, copies: int) -> None:
-        """Raise CacheFull if a prompt with ``copies`` continuations cannot run even alone."""
-
-    def cached_length(self, tokens: Sequence[int]) -> int:
-        """How many leading tokens are in the cache now."""
+_STEPS_AT_ONCE = 32
+"""Greedy tokens that the decoder is asked for at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +94,7 @@ def generate_tokens(decoder: Decoder, prompts: Sequence[Sequence[int]], options:
                 running += _prefill(decoder, checked, wave, options, results)
             running = [row for row in running if not _finished(row, options)]
             if running:
-                logits = decoder.step([row.seq for row in running], [[row.new[-1]] for row in running])
-                for row, scores in zip(running, logits, strict=True):
-                    row.new.append(pick(scores, options.sampling, row.random))
+                _advance(decoder, running, options)
     finally:
         for row in running:
             row.seq.close()
@@ -196,6 +165,18 @@ def _prefill(
     return rows
 
 
+def _advance(decoder: Decoder, running: Sequence[_Row], options: GenerateOptions) -> None:
+    """At least one further token for every row. Several when greedy: nobody can join before a row ends."""
+    seqs, last = [row.seq for row in running], [[row.new[-1]] for row in running]
+    if options.sampling.temperature:
+        for row, scores in zip(running, decoder.step(seqs, last), strict=True):
+            row.new.append(pick(scores, options.sampling, row.random))
+        return
+    count = min(_STEPS_AT_ONCE, *(options.max_new_tokens - len(row.new) for row in running))
+    for row, chosen in zip(running, decoder.decode_greedy(seqs, last, count, options.eos_ids), strict=True):
+        row.new += chosen.tolist()
+
+
 def _finished(row: _Row, options: GenerateOptions) -> bool:
     if row.new[-1] in options.eos_ids or len(row.new) >= options.max_new_tokens:
         row.seq.close()
@@ -218,57 +199,13 @@ def stream_tokens(decoder: Decoder, prompt: Sequence[int], options: GenerateOpti
     try:
         new = tokens[seq.num_cached :]
         for _ in range(options.max_new_tokens):
-            token = pick(decoder.step([seq], [new])[0], options.sampling, random)
+            if options.sampling.temperature:
+                token = pick(decoder.step([seq], [new])[0], options.sampling, random)
+            else:
+                token = int(decoder.step_greedy([seq], [new])[0])
             yield token
             if token in options.eos_ids:
                 return
             new = [token]
     finally:
         seq.close()
-
-
-class RecomputeDecoder:
-    """The decoder without a cache: every step runs the model over all tokens so far.
-
-    Args:
-        forward: ragged rows of token ids -> logits [B, V] behind each row's last token.
-    """
-
-    def __init__(self, forward: Callable[[list[list[int]]], NDArray[Any]]) -> None:
-        self._forward = forward
-
-    def open(self, tokens: Sequence[int], max_new_tokens: int) -> _PlainSequence:
-        """A sequence that starts empty."""
-        return _PlainSequence([])
-
-    def step(self, seqs: Sequence[_PlainSequence], tokens: Sequence[Sequence[int]]) -> NDArray[Any]:
-        """Append tokens to each row and recompute every row."""
-        for seq, new in zip(seqs, tokens, strict=True):
-            seq.tokens += new
-        return self._forward([seq.tokens for seq in seqs])
-
-    def fits(self, running: Sequence[tuple[int, int]]) -> bool:
-        """Always: nothing is kept."""
-        return True
-
-    def check_fits(self, prompt: int, new: int, copies: int) -> None:
-        """Nothing to check: nothing is kept."""
-
-    def cached_length(self, tokens: Sequence[int]) -> int:
-        """As if all were there: no prompt waits for another one's prefix."""
-        return len(tokens)
-
-
-class _PlainSequence:
-    """A list of tokens that can be forked and closed like a sequence."""
-
-    num_cached = 0
-
-    def __init__(self, tokens: list[int]) -> None:
-        self.tokens = tokens
-
-    def fork(self) -> _PlainSequence:
-        return _PlainSequence(list(self.tokens))
-
-    def close(self) -> None:
-        self.tokens = []

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvcache_core.decoder import CacheDecoder, RecomputeDecoder
 from kvcache_core.errors import InvalidInput
-from kvcache_core.frontend import CacheDecoder, FrontendCache
-from kvcache_core.generation import GenerateOptions, RecomputeDecoder, generate_tokens
+from kvcache_core.frontend import FrontendCache
+from kvcache_core.generation import GenerateOptions, generate_tokens
 
 __all__ = ["CacheReport", "assert_cached_equals_recompute"]
 

@@ -133,6 +133,11 @@ class KVCache(FrontendCache):
         with not_recording():
             return to_numpy(self.runner.run(plan)[:, 0])
 
+    def _run_greedy(self, plan: StepPlan) -> NDArray[Any]:
+        with not_recording():
+            chosen: NDArray[Any] = tf.argmax(self.runner.run(plan)[:, 0], axis=-1).numpy()
+        return chosen
+
 
 def _vocab_size(model: Any, output: _Tensor) -> int | None:
     """The number of token ids: what the first lookup of an absurd id says (on a CPU it fails), or the embedding

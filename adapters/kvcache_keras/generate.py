@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kvcache_core.beam import beam_search
+from kvcache_core.decoder import CacheDecoder, Decoder, RecomputeDecoder
 from kvcache_core.errors import UsageError
-from kvcache_core.frontend import CacheDecoder
-from kvcache_core.generation import Decoder, GenerateOptions, RecomputeDecoder, generate_tokens, stream_tokens
+from kvcache_core.generation import GenerateOptions, generate_tokens, stream_tokens
 from kvcache_core.sampling import Sampling
 from kvcache_keras.cache import KVCache
 from kvcache_keras.context import local

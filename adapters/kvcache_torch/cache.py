@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,6 @@ from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.frontend import Call, FrontendCache, ModelSpec
 from kvcache_core.layout import BlockLayout
 from kvcache_core.plan import StepPlan
-from kvcache_core.sequence import Sequence as CachedSequence
-from kvcache_core.types import TokenIds
 from kvcache_torch.context import local
 from kvcache_torch.step import Recorder, Step
 from kvcache_torch.store import TensorStore, dtype_name, torch_dtype
@@ -99,17 +97,10 @@ class KVCache(FrontendCache):
         self._versions = [tensor._version for tensor in self._watched]
         return np.array(marks, np.uint64).tobytes()
 
-    def step(self, seqs: Sequence[CachedSequence], token_ids: Sequence[TokenIds]) -> Any:
-        """As :meth:`FrontendCache.step`; weights changed in place since the last step are noticed.
-
-        Raises:
-            StaleSequence: a sequence's past was computed with other weights.
-        """
+    def _weights_changed(self) -> bool:
         # Finding the tensors costs milliseconds in a deep model, comparing their counters microseconds.
         self._prepare()
-        if self._versions != [tensor._version for tensor in self._watched]:
-            self.refresh()
-        return super().step(seqs, token_ids)
+        return self._versions != [tensor._version for tensor in self._watched]
 
     def _install(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
@@ -144,11 +135,18 @@ class KVCache(FrontendCache):
         return output
 
     def _run_step(self, plan: StepPlan) -> np.ndarray[Any, Any]:
-        with _evaluating(self.model), torch.no_grad():
-            logits = self._run(plan, last_only=True)[:, 0]
+        logits = self._last_logits(plan)
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()
         return logits.cpu().numpy()
+
+    def _run_greedy(self, plan: StepPlan) -> np.ndarray[Any, Any]:
+        return self._last_logits(plan).argmax(dim=-1).cpu().numpy()
+
+    def _last_logits(self, plan: StepPlan) -> Tensor:
+        """[B, V] behind each row's last token."""
+        with _evaluating(self.model), torch.no_grad():
+            return self._run(plan, last_only=True)[:, 0]
 
     def recompute(self, rows: list[list[int]]) -> np.ndarray[Any, Any]:
         """Logits behind each row's last token, without the cache."""

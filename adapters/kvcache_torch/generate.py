@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from kvcache_core.beam import beam_search
+from kvcache_core.decoder import CacheDecoder, Decoder, RecomputeDecoder
 from kvcache_core.errors import UsageError
-from kvcache_core.frontend import CacheDecoder
-from kvcache_core.generation import Decoder, GenerateOptions, RecomputeDecoder, generate_tokens, stream_tokens
+from kvcache_core.generation import GenerateOptions, generate_tokens, stream_tokens
 from kvcache_core.sampling import Sampling
 from kvcache_torch.cache import KVCache, _device_of, _plain_forward, recompute
 from kvcache_torch.context import local
