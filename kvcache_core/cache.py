@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as _Sequence
 from operator import index
 
@@ -20,7 +20,7 @@ from kvcache_core.prefix import PrefixIndex
 from kvcache_core.sequence import Sequence
 from kvcache_core.stats import CacheStats
 from kvcache_core.transaction import Transactions
-from kvcache_core.types import BlockId, SeqId, TokenIds
+from kvcache_core.types import BlockId, Evicted, SeqId, TokenIds
 
 __all__ = ["BlockCache", "token_array"]
 
@@ -95,6 +95,38 @@ class BlockCache:
     def lock(self) -> threading.RLock:
         """Held by every method; hold it to do several things as one."""
         return self._lock
+
+    @property
+    def on_evict(self) -> Callable[[list[Evicted]], None] | None:
+        """Called with the findable blocks that lose their content, one call per step, under the lock and before
+        anything can overwrite their bytes. It must not raise and must not call the cache. :meth:`clear` does not
+        call it.
+        """
+        return self._moves.on_evict
+
+    @on_evict.setter
+    def on_evict(self, hook: Callable[[list[Evicted]], None] | None) -> None:
+        self._moves.on_evict = hook
+
+    def findable_blocks(self) -> list[Evicted]:
+        """Every full block that can be found now, as :attr:`on_evict` would describe it."""
+        with self._lock:
+            found = [
+                self._moves.describe(number, block)
+                for number, group in enumerate(self.groups)
+                for block in range(1, group.pool.num_blocks + 1)
+                if group.pool.is_findable(block)
+            ]
+            return [one for one in found if one.key is not None]
+
+    def count_as_cached(self, seq: Sequence) -> None:
+        """What ``seq`` holds was found elsewhere (in a lower tier), not computed: count it as cached."""
+        with self._lock:
+            self._check_mine(seq)
+            found = seq.length - seq.num_cached
+            seq.num_cached = seq.length
+            self._hit_tokens += found
+            self._miss_tokens -= found
 
     def open(
         self,
@@ -317,9 +349,9 @@ class BlockCache:
             results = []
             for number, group in enumerate(self.groups):
                 result = group.pool.resize(num_blocks)
-                for block in result.evicted:
-                    self._index.detach(number, block)
-                self._moves.evicted_blocks += len(result.evicted)
+                evicted: list[Evicted] = []
+                self._moves.evict(number, result.evicted, evicted)
+                self._moves.announce(evicted)
                 self._index.move_block(number, result.moves, num_blocks)
                 for seq in self._open.values():
                     if number >= len(seq.tables):

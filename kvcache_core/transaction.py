@@ -6,8 +6,8 @@ Blocks change hands only here. The caller (:class:`~kvcache_core.cache.BlockCach
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable, Iterable
 from collections.abc import Collection as _Collection
-from collections.abc import Iterable
 from collections.abc import Sequence as _Sequence
 
 from kvcache_core.errors import CacheFull
@@ -15,6 +15,7 @@ from kvcache_core.match import LayerGroup, first_visible_block
 from kvcache_core.plan import Reservation
 from kvcache_core.prefix import PrefixIndex
 from kvcache_core.sequence import Sequence
+from kvcache_core.types import BlockId, Evicted
 
 __all__ = ["Transactions"]
 
@@ -27,6 +28,7 @@ class Transactions:
         self.groups = groups
         self.block_size = index.block_size
         self.evicted_blocks = 0
+        self.on_evict: Callable[[list[Evicted]], None] | None = None
 
     # ---- reserve -------------------------------------------------------------------------------
 
@@ -41,7 +43,29 @@ class Transactions:
             for seq in stealable[:short]:
                 self._take_over_tail(seq)
         wanted = self._ahead(rows)
-        return [self._reserve_row(seq, tokens, ahead) for (seq, tokens), ahead in zip(rows, wanted, strict=True)]
+        reserved: list[Reservation] = []
+        evicted: list[Evicted] = []
+        for (seq, tokens), ahead in zip(rows, wanted, strict=True):
+            reserved.append(self._reserve_row(seq, tokens, ahead, evicted))
+        self.announce(evicted)
+        return reserved
+
+    def evict(self, number: int, blocks: Iterable[int], evicted: list[Evicted]) -> None:
+        """The pool has evicted ``blocks`` of group ``number``: forget what they held, note it in ``evicted``."""
+        for block in blocks:
+            evicted.append(self.describe(number, block))
+            self.index.detach(number, block)
+            self.evicted_blocks += 1
+
+    def describe(self, number: int, block: int) -> Evicted:
+        """What a findable block of group ``number`` holds."""
+        node = self.index.node(number, block)
+        return Evicted(number, BlockId(block), self.index.key(node), self.index.fill(node))
+
+    def announce(self, evicted: list[Evicted]) -> None:
+        """Tell :attr:`on_evict`, before anything can overwrite the blocks' bytes."""
+        if evicted and self.on_evict is not None:
+            self.on_evict(evicted)
 
     def fits_unreserved(self, rows: _Sequence[tuple[Sequence, array[int]]], seqs: Iterable[Sequence]) -> bool:
         """Whether the rows would fit if ``seqs`` gave back what they reserved ahead."""
@@ -120,7 +144,7 @@ class Transactions:
                 return [seq.length + len(tokens) for seq, tokens in rows]
         return wanted
 
-    def _reserve_row(self, seq: Sequence, tokens: array[int], ahead: int) -> Reservation:
+    def _reserve_row(self, seq: Sequence, tokens: array[int], ahead: int, evicted: list[Evicted]) -> Reservation:
         size = self.block_size
         offset, at = seq.length % size, seq.length // size
         copy = self._must_copy(seq)
@@ -134,10 +158,8 @@ class Transactions:
         for number, (group, table) in enumerate(zip(self.groups, seq.tables, strict=False)):
             new = max(0, -(-ahead // size) - len(table))
             before = at - 1 if copy else len(table) - 1
-            taken, evicted = group.pool.take(new + copy, after=table[before] if before >= 0 else 0)
-            for block in evicted:
-                self.index.detach(number, block)
-            self.evicted_blocks += len(evicted)
+            taken, lost = group.pool.take(new + copy, after=table[before] if before >= 0 else 0)
+            self.evict(number, lost, evicted)
             if copy:
                 table[at] = taken.pop(0)
             table.extend(taken)
@@ -168,11 +190,12 @@ class Transactions:
         old = seq.nodes[-1]
         node = self._start_tail(self.index.parent(old), seq, at)
         self.index.append(node, self.index.tokens(old)[: seq.length % self.block_size])
+        evicted: list[Evicted] = []
         for number, (group, block) in enumerate(zip(self.groups, blocks, strict=False)):
             group.pool.unmark_findable(block)
-            self.index.detach(number, block)
+            self.evict(number, [block], evicted)
             self.index.attach(node, number, block)
-        self.evicted_blocks += len(blocks)
+        self.announce(evicted)
         self._move_tip(seq, old, node)
         seq.nodes[-1] = node
 

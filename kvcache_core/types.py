@@ -7,12 +7,13 @@ L layers, V vocabulary, N blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence as _Sequence
+from dataclasses import dataclass
 from typing import Any, NewType, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NULL_BLOCK", "BlockId", "IntArray", "NodeId", "SeqId", "TokenArray", "TokenIds"]
+__all__ = ["NULL_BLOCK", "BlockId", "Evicted", "IntArray", "NodeId", "SeqId", "TokenArray", "TokenIds"]
 
 BlockId = NewType("BlockId", int)
 NodeId = NewType("NodeId", int)
@@ -24,3 +25,20 @@ NULL_BLOCK = BlockId(0)
 TokenArray: TypeAlias = NDArray[np.int32]
 IntArray: TypeAlias = NDArray[np.int64]
 TokenIds: TypeAlias = "_Sequence[int] | NDArray[Any]"
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """A findable block whose content is given up.
+
+    Attributes:
+        group: its layer group.
+        block: its id.
+        key: the chained key of everything up to its last token; None for a tail, which has none.
+        fill: tokens it holds.
+    """
+
+    group: int
+    block: BlockId
+    key: bytes | None
+    fill: int
