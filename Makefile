@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Extra flags for every `pip install` (CONTRIBUTING.md says what for), e.g. PIP_ARGS="--find-links /wheels"
 PIP_ARGS ?=
+# Processes that run the tests; WORKERS=0 for one process, which a debugger needs
+WORKERS ?= 2
 # Extra flags for pytest, the demo and the benchmarks, e.g. make test ARGS="tests/core -x"
 ARGS ?=
 # tensorflow-cpu has wheels for x86 only
@@ -48,10 +50,10 @@ demo-short: $(STAMP)  ## the demo with few tokens, for CI
 	$(PY) examples/demo.py --max-new-tokens 8 $(ARGS)
 
 test: $(STAMP)  ## the test suite (not the slow tests)
-	HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)  ## the slow tests: full-size model, long runs
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -m slow $(ARGS)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile -m slow $(ARGS)
 
 lint: $(STAMP)  ## ruff (rules and format) and mypy
 	$(PY) -m ruff check .
