@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvcache_core.errors import InvalidInput, InvalidType
+from kvcache_core.errors import InvalidType
 from kvcache_core.frontend import Call, FrontendCache, ModelSpec
 from kvcache_core.layout import BlockLayout
 from kvcache_core.plan import StepPlan
 from kvcache_torch.context import local
-from kvcache_torch.step import Recorder, Step
+from kvcache_torch.driver import Driver, device_of, driver_of, evaluating, logits_of
+from kvcache_torch.step import Step
 from kvcache_torch.store import TensorStore, dtype_name, torch_dtype
 from kvcache_torch.transparent import Rows, assemble, rows_of, with_recomputed_gradient
 
@@ -50,6 +49,7 @@ class KVCache(FrontendCache):
         (True, 8)
     """
 
+    _driver: Driver
     _watched: list[Tensor]
     _versions: list[int]
 
@@ -63,29 +63,10 @@ class KVCache(FrontendCache):
         local.cache = cache
 
     def _describe(self, model: nn.Module) -> ModelSpec:
-        device = _device_of(model)
-        plain = getattr(model, "_orig_mod", model)  # a compiled model is described without compiling it
-        recorder = Recorder(device)
-        devices = [device] if device.type == "cuda" else []
-        with _evaluating(plain), torch.no_grad(), torch.random.fork_rng(devices):
-            local.begin(recorder)
-            try:
-                output = _plain_forward(plain)(torch.zeros(1, 1, dtype=torch.int64, device=device))
-            finally:
-                local.end()
-        if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[:2] != (1, 1):
-            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise InvalidInput(f"a token model must map ids [B, T] to a tensor [B, T, ...], got {found} for [1, 1]")
-        return ModelSpec(
-            recorder.specs(),
-            recorder.kv_dtype(),
-            tuple(output.shape[2:]),
-            dtype_name(output.dtype),
-            _vocab_size(plain, output),
-        )
+        return self._driver.describe()
 
     def _new_store(self, layout: BlockLayout, num_blocks: int) -> TensorStore:
-        return TensorStore(layout, num_blocks, _device_of(self.model))
+        return TensorStore(layout, num_blocks, device_of(self.model))
 
     def _fingerprint(self, model: nn.Module) -> bytes:
         # A version counter moves with every in-place change; a replaced tensor has another address.
@@ -105,14 +86,12 @@ class KVCache(FrontendCache):
     def _install(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise InvalidType(f"kvcache_torch attaches a torch.nn.Module, got {type(model).__name__}")
-        model.forward = _AttachedForward(self, model, model.forward, "forward" in vars(model))
+        self._driver = driver_of(self, model)
+        self._driver.install()
 
     def _uninstall(self, model: nn.Module) -> None:
-        attached = model.forward
-        if attached.was_own_attribute:
-            model.forward = attached.original
-        else:
-            del model.forward
+        self._driver.uninstall()
+        del self._driver  # it holds the model
 
     @property
     def _original(self) -> Callable[..., Any]:
@@ -126,7 +105,7 @@ class KVCache(FrontendCache):
         step = Step(plan, store, torch_dtype(self.spec.dtype))
         local.begin(step, last_only)
         try:
-            output = self._original(torch.from_numpy(plan.tokens).to(store.device))
+            output = self._driver.run(torch.from_numpy(plan.tokens).to(store.device), step)
         finally:
             local.end()
         if last_only and output.shape[1] != 1:
@@ -145,20 +124,20 @@ class KVCache(FrontendCache):
 
     def _last_logits(self, plan: StepPlan) -> Tensor:
         """[B, V] behind each row's last token."""
-        with _evaluating(self.model), torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             return self._run(plan, last_only=True)[:, 0]
 
     def recompute(self, rows: list[list[int]]) -> np.ndarray[Any, Any]:
         """Logits behind each row's last token, without the cache."""
-        return recompute(self._original, _device_of(self.model), rows)
+        return recompute(self._original, device_of(self.model), rows)
 
     def native_ids(self, ids: np.ndarray[Any, Any]) -> Tensor:
         """Numpy ids [B, T] as a tensor on the model's device."""
-        return torch.from_numpy(ids).to(_device_of(self.model))
+        return torch.from_numpy(ids).to(device_of(self.model))
 
-    def to_numpy(self, output: Tensor) -> np.ndarray[Any, Any]:
+    def to_numpy(self, output: Any) -> np.ndarray[Any, Any]:
         """A model's output as a numpy float64 array."""
-        return output.detach().double().cpu().numpy()
+        return logits_of(output).detach().double().cpu().numpy()
 
     def float64_model(self) -> Callable[[Any], Any] | None:
         """A copy of the attached model in float64, or None where it does not run so."""
@@ -184,7 +163,7 @@ class KVCache(FrontendCache):
             return original(*args, **kwargs)
         x = args[0]
         rows = rows_of(x, lengths, mask)
-        reason = _reason_to_bypass(self.model)
+        reason = reason_to_bypass(self.model)
         if reason:
             self.bypass(sum(map(len, rows.tokens)), reason)
             return rows.last_of(rows.outside(original, x)) if self.outputs == "last" else rows.outside(original, x)
@@ -208,36 +187,6 @@ class KVCache(FrontendCache):
         return assemble(self.store, layer, call, rows, new)
 
 
-class _AttachedForward:
-    """Stands in for a module's ``forward`` while it is attached. Copies and pickles as the plain forward."""
-
-    def __init__(self, cache: KVCache, model: nn.Module, original: Callable[..., Any], was_own_attribute: bool) -> None:
-        self.cache = cache
-        self.model = model
-        self.original = original
-        self.was_own_attribute = was_own_attribute
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or local.cache is not self.cache or local.stepping:
-            return self.original(*args, **kwargs)
-        return self.cache.transparent_call(self.original, args, kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _class_forward(memo[id(self.model)])
-
-    def __reduce__(self) -> Any:
-        return _class_forward, (self.model,)
-
-
-def _class_forward(model: nn.Module) -> Callable[..., Any]:
-    return types.MethodType(type(model).forward, model)
-
-
-def _plain_forward(model: nn.Module) -> Callable[..., Any]:
-    forward = model.forward
-    return forward.original if isinstance(forward, _AttachedForward) else model
-
-
 def recompute(forward: Callable[..., Any], device: torch.device, rows: list[list[int]]) -> np.ndarray[Any, Any]:
     """Run a model over ragged rows without a cache; logits [B, V] behind each row's last token."""
     width = max(map(len, rows))
@@ -245,7 +194,7 @@ def recompute(forward: Callable[..., Any], device: torch.device, rows: list[list
     for at, row in enumerate(rows):
         tokens[at, : len(row)] = torch.tensor(row)
     with torch.no_grad():
-        output = forward(tokens.to(device))
+        output = logits_of(forward(tokens.to(device)))
     last = torch.tensor([len(row) - 1 for row in rows], device=output.device)
     logits = output[torch.arange(len(rows), device=output.device), last]
     if logits.dtype in (torch.bfloat16, torch.float16):
@@ -253,22 +202,7 @@ def recompute(forward: Callable[..., Any], device: torch.device, rows: list[list
     return logits.cpu().numpy()
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Run in evaluation mode; each module gets its own mode back."""
-    if not model.training:
-        yield
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _reason_to_bypass(model: nn.Module) -> str | None:
+def reason_to_bypass(model: nn.Module) -> str | None:
     """Why a call must be computed as outside, or None."""
     if not model.training:
         return None
@@ -278,17 +212,3 @@ def _reason_to_bypass(model: nn.Module) -> str | None:
     if any(isinstance(module, random) and module.training for module in model.modules()):
         return "the model is in training mode with dropout or batch statistics; call model.eval() to use the cache"
     return None
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
-def _vocab_size(model: nn.Module, output: Tensor) -> int | None:
-    """The number of token ids: the embedding as wide as the output, or the only embedding."""
-    sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
-    if output.dim() == 3 and output.shape[-1] in sizes:
-        return output.shape[-1]
-    return sizes[0] if len(sizes) == 1 else None

@@ -11,8 +11,9 @@ from kvcache_core.decoder import CacheDecoder, Decoder, RecomputeDecoder
 from kvcache_core.errors import UsageError
 from kvcache_core.generation import GenerateOptions, generate_tokens, stream_tokens
 from kvcache_core.sampling import Sampling
-from kvcache_torch.cache import KVCache, _device_of, _plain_forward, recompute
+from kvcache_torch.cache import KVCache, recompute
 from kvcache_torch.context import local
+from kvcache_torch.driver import device_of, plain_forward
 
 __all__ = ["generate", "stream"]
 
@@ -83,7 +84,7 @@ def stream(
 def _decoder(model: nn.Module, cache: KVCache | None) -> Decoder:
     cache = local.cache if cache is None else cache
     if cache is None:
-        forward, device = _plain_forward(model), _device_of(model)
+        forward, device = plain_forward(model), device_of(model)
         return RecomputeDecoder(lambda rows: recompute(forward, device, rows))
     if cache.model is None:
         cache.attach(model, outputs="last")

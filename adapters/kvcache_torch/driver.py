@@ -1,0 +1,193 @@
+"""How a cache runs one model: finds out what its layers store, and takes a step's tokens through it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvcache_core.errors import InvalidInput
+from kvcache_core.frontend import ModelSpec
+from kvcache_torch.context import local
+from kvcache_torch.step import Recorder, Step
+from kvcache_torch.store import dtype_name
+
+__all__ = ["AttachedForward", "Driver", "device_of", "driver_of", "evaluating", "logits_of", "plain_forward"]
+
+
+class Driver:
+    """For models built from ``kvcache_torch.attention``; a subclass knows another kind of model.
+
+    Args:
+        cache: the ``KVCache`` that the model is attached to.
+        model: the attached model.
+    """
+
+    def __init__(self, cache: Any, model: nn.Module) -> None:
+        self.cache = cache
+        self.model = model
+
+    @property
+    def plain(self) -> nn.Module:
+        """The model itself where a compiled one is attached: it is described without compiling it."""
+        return getattr(self.model, "_orig_mod", self.model)
+
+    def install(self) -> None:
+        """Route the model's calls through the cache."""
+        AttachedForward.install(self.model, self.enter)
+
+    def uninstall(self) -> None:
+        """Give back exactly the model that was attached."""
+        AttachedForward.uninstall(self.model)
+
+    def enter(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the attached model."""
+        if torch.compiler.is_compiling() or local.cache is not self.cache or local.stepping:
+            return original(*args, **kwargs)
+        return self.cache.transparent_call(original, args, kwargs)
+
+    def describe(self) -> ModelSpec:
+        """Run the model on one token and report what its layers store.
+
+        Raises:
+            InvalidInput: the model is not one that can be cached.
+        """
+        model, device = self.plain, device_of(self.model)
+        recorder = Recorder(device)
+        with recording(model, recorder):
+            output = plain_forward(model)(torch.zeros(1, 1, dtype=torch.int64, device=device))
+        if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[:2] != (1, 1):
+            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise InvalidInput(f"a token model must map ids [B, T] to a tensor [B, T, ...], got {found} for [1, 1]")
+        return ModelSpec(
+            recorder.specs(),
+            recorder.kv_dtype(),
+            tuple(output.shape[2:]),
+            dtype_name(output.dtype),
+            vocab_size(model, output),
+        )
+
+    def run(self, tokens: Tensor, step: Step) -> Tensor:
+        """The model over a step's new tokens [B, T], inside the step: [B, T, ...], or [B, 1, ...]."""
+        output: Tensor = self.model.forward.original(tokens)
+        return output
+
+
+def driver_of(cache: Any, model: nn.Module) -> Driver:
+    """The driver for this kind of model."""
+    transformers = sys.modules.get("transformers")
+    plain = getattr(model, "_orig_mod", model)
+    if transformers is not None and isinstance(plain, transformers.PreTrainedModel):
+        from kvcache_torch.hf_driver import HFDriver
+
+        return HFDriver(cache, model)
+    return Driver(cache, model)
+
+
+@contextlib.contextmanager
+def recording(model: nn.Module, recorder: Any) -> Iterator[None]:
+    """Run the model's attention calls through a recorder; nothing random moves."""
+    device = device_of(model)
+    devices = [device] if device.type == "cuda" else []
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices):
+        local.begin(recorder)
+        try:
+            yield
+        finally:
+            local.end()
+
+
+class AttachedForward:
+    """Stands in for a module's ``forward`` while it is attached. Copies and pickles as the plain forward.
+
+    Args:
+        module: the module.
+        enter: called as ``enter(original, args, kwargs)`` instead of the module's own forward.
+    """
+
+    def __init__(self, module: nn.Module, enter: Callable[..., Any]) -> None:
+        self.module = module
+        self.enter = enter
+        self.original = module.forward
+        self.was_own_attribute = "forward" in vars(module)
+        self.__wrapped__ = self.original  # who asks for the signature gets the module's own
+
+    @classmethod
+    def install(cls, module: nn.Module, enter: Callable[..., Any]) -> None:
+        """Put one in place of the module's forward."""
+        module.forward = cls(module, enter)
+
+    @staticmethod
+    def uninstall(module: nn.Module) -> None:
+        """Undo :meth:`install`."""
+        attached = module.forward
+        if attached.was_own_attribute:
+            module.forward = attached.original
+        else:
+            del module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module does when it is called."""
+        return self.enter(self.original, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _class_forward(memo[id(self.module)])
+
+    def __reduce__(self) -> Any:
+        return _class_forward, (self.module,)
+
+
+def _class_forward(model: nn.Module) -> Callable[..., Any]:
+    return types.MethodType(type(model).forward, model)
+
+
+def plain_forward(model: nn.Module) -> Callable[..., Any]:
+    """The model's own forward, attached or not."""
+    forward = model.forward
+    return forward.original if isinstance(forward, AttachedForward) else model
+
+
+def logits_of(output: Any) -> Tensor:
+    """The per-token tensor [B, T, ...] in a model's output."""
+    if isinstance(output, Tensor):
+        return output
+    for name in ("logits", "last_hidden_state"):
+        found = getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return found
+    raise InvalidInput(f"a token model must give a tensor [B, T, ...] or an output with logits, got {type(output)}")
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run in evaluation mode; each module gets its own mode back."""
+    if not model.training:
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's weights are."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def vocab_size(model: nn.Module, output: Tensor) -> int | None:
+    """The number of token ids: the embedding as wide as the output, or the only embedding."""
+    sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    if output.dim() == 3 and output.shape[-1] in sizes:
+        return output.shape[-1]
+    return sizes[0] if len(sizes) == 1 else None
