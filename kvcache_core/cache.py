@@ -14,7 +14,7 @@ import numpy as np
 from kvcache_core.errors import CacheFull, InvalidInput, InvalidType, SequenceClosed, StaleSequence, StepError
 from kvcache_core.layout import BlockLayout
 from kvcache_core.match import LayerGroup, match_prefix
-from kvcache_core.plan import Reservation, StepPlan, make_plan
+from kvcache_core.plan import Reservation, StepPlan
 from kvcache_core.pool import BlockPool, PoolResize, check_size
 from kvcache_core.prefix import PrefixIndex
 from kvcache_core.sequence import Sequence
@@ -231,7 +231,7 @@ class BlockCache:
                     raise
                 self._moves.return_reserved(self._open.values())
                 rows = self._moves.reserve(pairs)
-            return make_plan(rows, [group.window for group in self.groups[:used]], self.block_size)
+            return StepPlan(rows, [group.window for group in self.groups[:used]], self.block_size)
 
     def commit(self, plan: StepPlan) -> None:
         """The step's arrays are written: append its tokens, publish full blocks, drop what windows passed.
@@ -252,6 +252,49 @@ class BlockCache:
         with self._lock:
             for row in reversed(self._finish(plan, "roll back")):
                 self._moves.rollback(row)
+
+    def append(self, seqs: Sequence | _Sequence[Sequence], tokens: int | _Sequence[int]) -> None:
+        """Add one token to a sequence, or one to each of several: the same as planning and committing that step.
+
+        For who needs the bookkeeping alone (a simulator, a scheduler). A row that stays in its block costs a
+        fraction of a step, and a row that does not is planned and committed.
+
+        Args:
+            seqs: a sequence, or a list of them.
+            tokens: its token id, or one for each.
+
+        Raises:
+            CacheFull, InvalidInput, InvalidType, SequenceClosed, StepError: as :meth:`plan`; nothing was changed.
+
+        Example:
+            >>> core = BlockCache(num_blocks=64, block_size=4)
+            >>> seq = core.open([1, 2])
+            >>> core.commit(core.plan([seq], [[1, 2]]))
+            >>> core.append(seq, 3)
+            >>> core.append([seq], [4])
+            >>> seq.tokens
+            [1, 2, 3, 4]
+        """
+        rows: tuple[Sequence, ...]
+        if isinstance(seqs, Sequence):
+            rows, ids = (seqs,), token_array((tokens,), "append")  # type: ignore[arg-type]
+        else:
+            rows, ids = tuple(seqs), token_array(tokens, "append")  # type: ignore[arg-type]
+        with self._lock:
+            usable = len(rows) == len(ids) == len({id(seq) for seq in rows}) and all(map(self._can_step, rows))
+            if not usable:
+                # The plan says what is wrong.
+                self.commit(self.plan(rows, [[token] for token in ids]))
+                return
+            pairs = list(zip(rows, ids, strict=True))
+            stays = [self._moves.stays_in_block(seq) for seq in rows]
+            others = [pair for pair, stay in zip(pairs, stays, strict=True) if not stay]
+            plan = self.plan([seq for seq, _ in others], [[token] for _, token in others]) if others else None
+            for (seq, token), stay in zip(pairs, stays, strict=True):
+                if stay:
+                    self._moves.append(seq, token)
+            if plan is not None:
+                self.commit(plan)
 
     def fork(self, seq: Sequence) -> Sequence:
         """A second sequence with the same past. No block is copied until one of the two writes into it."""
@@ -423,13 +466,15 @@ class BlockCache:
                     for block in range(1, group.pool.num_blocks + 1):
                         assert group.pool.refs(block) == held[block]
 
-    def _finish(self, plan: StepPlan, verb: str) -> list[Reservation]:
-        if not plan.reservations:
+    def _finish(self, plan: StepPlan, verb: str) -> _Sequence[Reservation]:
+        if plan.finished:
             raise StepError(f"cannot {verb} this plan: it was committed or rolled back before")
-        self._check_mine(plan.seqs[0])
-        rows = list(plan.reservations)
-        plan.reservations.clear()
-        return rows
+        self._check_mine(plan.rows[0].seq)
+        plan.finished = True
+        return plan.rows
+
+    def _can_step(self, seq: Sequence) -> bool:
+        return seq._cache is self and not seq.closed and not seq.in_step and seq.namespace == self.namespace
 
     def _check_mine(self, seq: Sequence) -> None:
         if seq._cache is not self:

@@ -1,9 +1,10 @@
-"""A step's plan: everything an adapter needs to run it, as numpy arrays."""
+"""A step's plan: everything an adapter needs to run it, as numpy arrays that are made when they are asked for."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as _Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from kvcache_core.sequence import Sequence
 from kvcache_core.types import IntArray
 
-__all__ = ["PAD_SLOT", "GroupPlan", "Reservation", "StepPlan", "make_plan"]
+__all__ = ["PAD_SLOT", "GroupPlan", "Reservation", "StepPlan"]
 
 PAD_SLOT = 0
 """Where padding tokens write: a slot of the null block, which no real token ever reads."""
@@ -21,34 +22,180 @@ PAD_SLOT = 0
 
 @dataclass(slots=True)
 class Reservation:
-    """One row of a step, as the core keeps it between plan and commit or rollback."""
+    """One row of a step, as the core keeps it between plan and commit or rollback.
+
+    Attributes:
+        seq: the row's sequence.
+        tokens: its new token ids.
+        start: tokens the sequence has before the step.
+        tables: its block tables, one per group. Entries that a plan can see never change in place (whoever
+            changes one puts a new list into the sequence), so a plan's arrays may be made at any later time.
+        table_lengths: how long the tables were before the step.
+        copied: per group, the shared block that a copy replaced in the table.
+    """
 
     seq: Sequence
-    tokens: memoryview
+    tokens: array[int]
+    start: int
+    tables: tuple[list[int], ...]
     table_lengths: list[int]
     copied: list[int] | None
-    """Per group, the shared block that a copy replaced in the table."""
 
 
-@dataclass(frozen=True)
+class StepPlan:
+    """Everything a step needs. Rows are ragged: row b computes ``counts[b]`` tokens from ``starts[b]`` on.
+
+    Every array is made when it is first asked for and kept, so a step that needs few of them pays for few.
+    They describe the step as it was planned, also after it was committed.
+
+    Args:
+        rows: what was reserved.
+        windows: the window of each layer group that the rows use.
+        block_size: tokens per block.
+    """
+
+    def __init__(self, rows: _Sequence[Reservation], windows: _Sequence[int | None], block_size: int) -> None:
+        self.rows = rows
+        self.windows = windows
+        self.block_size = block_size
+        self.finished = False
+        """Whether the plan was committed or rolled back."""
+
+    @cached_property
+    def seqs(self) -> tuple[Sequence, ...]:
+        """The rows' sequences."""
+        return tuple(row.seq for row in self.rows)
+
+    @cached_property
+    def starts(self) -> IntArray:
+        """int64 [B], tokens each row has before the step."""
+        return np.array([row.start for row in self.rows], np.int64)
+
+    @cached_property
+    def counts(self) -> IntArray:
+        """int64 [B], new tokens per row."""
+        return np.array([len(row.tokens) for row in self.rows], np.int64)
+
+    @cached_property
+    def kv_lengths(self) -> IntArray:
+        """int64 [B]: tokens each row has after the step."""
+        return self.starts + self.counts
+
+    @cached_property
+    def positions(self) -> IntArray:
+        """int64 [B, T], absolute positions; padding repeats the row's last position."""
+        columns = np.arange(max(len(row.tokens) for row in self.rows))
+        positions: IntArray = np.minimum(self.starts[:, None] + columns, self.kv_lengths[:, None] - 1)
+        return positions
+
+    @cached_property
+    def tokens(self) -> IntArray:
+        """int64 [B, T], new token ids, padded on the right with 0."""
+        tokens = np.zeros((len(self.rows), max(len(row.tokens) for row in self.rows)), np.int64)
+        for number, row in enumerate(self.rows):
+            tokens[number, : len(row.tokens)] = row.tokens
+        return tokens
+
+    @cached_property
+    def groups(self) -> tuple[GroupPlan, ...]:
+        """One :class:`GroupPlan` per layer group that the sequences use, in the layout's order."""
+        return tuple(GroupPlan(self, number) for number in range(len(self.windows)))
+
+    @property
+    def slots(self) -> IntArray:
+        """``groups[0].slots``."""
+        return self.groups[0].slots
+
+    @property
+    def block_tables(self) -> NDArray[np.int32]:
+        """``groups[0].block_tables``."""
+        return self.groups[0].block_tables
+
+    @property
+    def copies(self) -> NDArray[np.int32]:
+        """``groups[0].copies``."""
+        return self.groups[0].copies
+
+    @property
+    def kv_indptr(self) -> NDArray[np.int32]:
+        """``groups[0].kv_indptr``."""
+        return self.groups[0].kv_indptr
+
+    @property
+    def kv_indices(self) -> NDArray[np.int32]:
+        """``groups[0].kv_indices``."""
+        return self.groups[0].kv_indices
+
+    @property
+    def kv_last_page_len(self) -> NDArray[np.int32]:
+        """``groups[0].kv_last_page_len``."""
+        return self.groups[0].kv_last_page_len
+
+    def __repr__(self) -> str:
+        state = "finished" if self.finished else "open"
+        return f"<StepPlan {state}, {len(self.rows)} rows, {len(self.windows)} layer groups>"
+
+
 class GroupPlan:
     """The part of a plan that belongs to one layer group (layers with the same window).
 
     Attributes:
         window: the group's window in tokens, or None.
-        slots: int64 [B, T], where each new token's arrays are written; padding has :data:`PAD_SLOT`.
-        block_tables: int32 [B, blocks], block of ``position // block_size``; 0 is the null block: dropped
-            by the window, or behind the end.
-        copies: int32 [C, 2], (source, destination) blocks to copy before anything is written.
+        block_size: tokens per block.
     """
 
-    window: int | None
-    block_size: int
-    starts: IntArray
-    ends: IntArray
-    slots: IntArray
-    block_tables: NDArray[np.int32]
-    copies: NDArray[np.int32]
+    def __init__(self, plan: StepPlan, number: int) -> None:
+        self._plan = plan
+        self._number = number
+        self.window = plan.windows[number]
+        self.block_size = plan.block_size
+
+    @property
+    def starts(self) -> IntArray:
+        """The plan's ``starts``."""
+        return self._plan.starts
+
+    @property
+    def ends(self) -> IntArray:
+        """The plan's ``kv_lengths``."""
+        return self._plan.kv_lengths
+
+    @cached_property
+    def block_tables(self) -> NDArray[np.int32]:
+        """int32 [B, blocks], block of ``position // block_size``; 0 is the null block: dropped by the window, or
+        behind the end.
+        """
+        rows, size = self._plan.rows, self.block_size
+        widths = [-(-(row.start + len(row.tokens)) // size) for row in rows]
+        if len(rows) == 1:
+            return np.array([rows[0].tables[self._number][: widths[0]]], np.int32)
+        tables = np.zeros((len(rows), max(widths)), np.int32)
+        for at, (row, width) in enumerate(zip(rows, widths, strict=True)):
+            tables[at, :width] = row.tables[self._number][:width]
+        return tables
+
+    @cached_property
+    def slots(self) -> IntArray:
+        """int64 [B, T], where each new token's arrays are written; padding has :data:`PAD_SLOT`."""
+        size, rows = self.block_size, self._plan.rows
+        if all(len(row.tokens) == 1 for row in rows):
+            tables = ((row.tables[self._number], row.start) for row in rows)
+            return np.array([[table[at // size] * size + at % size] for table, at in tables], np.int64)
+        positions = self._plan.positions
+        blocks = np.take_along_axis(self.block_tables, positions // size, axis=1).astype(np.int64)
+        padding = np.arange(positions.shape[1]) >= self._plan.counts[:, None]
+        return np.where(padding, PAD_SLOT, blocks * size + positions % size)
+
+    @cached_property
+    def copies(self) -> NDArray[np.int32]:
+        """int32 [C, 2], (source, destination) blocks to copy before anything is written."""
+        number, size = self._number, self.block_size
+        pairs = [
+            (row.copied[number], row.tables[number][row.start // size])
+            for row in self._plan.rows
+            if row.copied is not None
+        ]
+        return np.array(pairs, np.int32).reshape(-1, 2)
 
     @cached_property
     def extents(self) -> list[list[tuple[int, int, int]]]:
@@ -92,91 +239,3 @@ class GroupPlan:
     @property
     def _blocks_per_row(self) -> IntArray:
         return -(-self.ends // self.block_size)
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """Everything a step needs. Rows are ragged: row b computes ``counts[b]`` tokens from ``starts[b]`` on.
-
-    Attributes:
-        seqs: the rows' sequences.
-        tokens: int64 [B, T], new token ids, padded on the right with 0.
-        positions: int64 [B, T], absolute positions; padding repeats the row's last position.
-        starts: int64 [B], tokens each row has before the step.
-        counts: int64 [B], new tokens per row.
-        groups: one :class:`GroupPlan` per layer group that the sequences use, in the layout's order.
-    """
-
-    seqs: tuple[Sequence, ...]
-    tokens: IntArray
-    positions: IntArray
-    starts: IntArray
-    counts: IntArray
-    groups: tuple[GroupPlan, ...]
-    reservations: list[Reservation] = field(repr=False, default_factory=list)
-
-    @property
-    def kv_lengths(self) -> IntArray:
-        """int64 [B]: tokens each row has after the step."""
-        return self.starts + self.counts
-
-    @property
-    def slots(self) -> IntArray:
-        """``groups[0].slots``."""
-        return self.groups[0].slots
-
-    @property
-    def block_tables(self) -> NDArray[np.int32]:
-        """``groups[0].block_tables``."""
-        return self.groups[0].block_tables
-
-    @property
-    def copies(self) -> NDArray[np.int32]:
-        """``groups[0].copies``."""
-        return self.groups[0].copies
-
-    @property
-    def kv_indptr(self) -> NDArray[np.int32]:
-        """``groups[0].kv_indptr``."""
-        return self.groups[0].kv_indptr
-
-    @property
-    def kv_indices(self) -> NDArray[np.int32]:
-        """``groups[0].kv_indices``."""
-        return self.groups[0].kv_indices
-
-    @property
-    def kv_last_page_len(self) -> NDArray[np.int32]:
-        """``groups[0].kv_last_page_len``."""
-        return self.groups[0].kv_last_page_len
-
-
-def make_plan(rows: _Sequence[Reservation], windows: _Sequence[int | None], block_size: int) -> StepPlan:
-    """Turn reserved rows into arrays. Reads the sequences' tables; changes nothing."""
-    starts = np.array([row.seq.length for row in rows], np.int64)
-    counts = np.array([len(row.tokens) for row in rows], np.int64)
-    ends = starts + counts
-    steps = np.arange(counts.max())
-    positions = starts[:, None] + steps
-    padding = positions >= ends[:, None]
-    positions = np.minimum(positions, ends[:, None] - 1)
-    tokens = np.zeros(positions.shape, np.int64)
-    for number, row in enumerate(rows):
-        tokens[number, : len(row.tokens)] = row.tokens
-    width = -(-int(ends.max()) // block_size)
-    groups = []
-    for number, window in enumerate(windows):
-        tables = np.zeros((len(rows), width), np.int32)
-        copies = []
-        for at, row in enumerate(rows):
-            table = row.seq.tables[number]
-            tables[at, : min(len(table), width)] = table[:width]
-            if row.copied is not None:
-                copies.append((row.copied[number], table[row.seq.length // block_size]))
-        blocks = np.take_along_axis(tables, positions // block_size, axis=1).astype(np.int64)
-        slots = np.where(padding, PAD_SLOT, blocks * block_size + positions % block_size)
-        tables[np.arange(width) >= -(-ends[:, None] // block_size)] = 0
-        pairs = np.array(copies, np.int32).reshape(-1, 2)
-        groups.append(GroupPlan(window, block_size, starts, ends, slots, tables, pairs))
-    seqs = tuple(row.seq for row in rows)
-    return StepPlan(seqs, tokens, positions, starts, counts, tuple(groups), list(rows))

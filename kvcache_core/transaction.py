@@ -96,10 +96,10 @@ class Transactions:
             if seq.in_step:
                 continue
             seq.max_length = 0
-            for group, table in zip(self.groups, seq.tables, strict=False):
+            for number, (group, table) in enumerate(zip(self.groups, seq.tables, strict=False)):
                 if len(table) > len(seq.nodes):
                     group.pool.release(table[len(seq.nodes) :])
-                    del table[len(seq.nodes) :]
+                    seq.tables[number] = table[: len(seq.nodes)]
                     returned = True
         return returned
 
@@ -161,10 +161,11 @@ class Transactions:
             taken, lost = group.pool.take(new + copy, after=table[before] if before >= 0 else 0)
             self.evict(number, lost, evicted)
             if copy:
-                table[at] = taken.pop(0)
-            table.extend(taken)
+                # A new list: plans made before may still read the old one.
+                seq.tables[number] = [*table[:at], taken.pop(0), *table[at + 1 :]]
+            seq.tables[number].extend(taken)
         seq.in_step = True
-        return Reservation(seq, memoryview(tokens), lengths, copied)
+        return Reservation(seq, tokens, seq.length, tuple(seq.tables), lengths, copied)
 
     def _must_copy(self, seq: Sequence) -> bool:
         """Whether the next token falls into a block that others hold or that is already findable."""
@@ -204,7 +205,7 @@ class Transactions:
     def commit(self, row: Reservation) -> None:
         """The row's tokens are in the store: make them part of the sequence and publish full blocks."""
         seq, size = row.seq, self.block_size
-        tokens = array("i", row.tokens)
+        tokens = row.tokens
         old_tip = seq.tip
         self.index.end_step(old_tip)
         if row.copied is not None:
@@ -226,6 +227,23 @@ class Transactions:
         self.index.unpin(old_tip)
         self.drop_behind_window(seq)
 
+    def stays_in_block(self, seq: Sequence) -> bool:
+        """Whether the next token goes into the open tail that the sequence has for itself."""
+        offset = seq.length % self.block_size
+        return offset > 0 and self.index.fill(seq.nodes[-1]) == offset and not self._must_copy(seq)
+
+    def append(self, seq: Sequence, token: int) -> None:
+        """Add a token to an open tail; the caller has asked :meth:`stays_in_block`."""
+        old_tip = seq.tip
+        self.index.append(old_tip, array("i", (token,)))
+        seq.length += 1
+        seq.cut_tail = False
+        if not seq.length % self.block_size:
+            self._publish(seq, len(seq.nodes) - 1)
+            self.index.pin(seq.tip)
+            self.index.unpin(old_tip)
+        self.drop_behind_window(seq)
+
     def rollback(self, row: Reservation) -> None:
         """Give back what :meth:`reserve` took; nothing of the step can be found."""
         seq = row.seq
@@ -234,10 +252,11 @@ class Transactions:
         for number, (group, table) in enumerate(zip(self.groups, seq.tables, strict=False)):
             length = row.table_lengths[number]
             group.pool.release(table[length:])
-            del table[length:]
+            restored = table[:length]
             if row.copied is not None:
                 group.pool.release([table[at]])
-                table[at] = row.copied[number]
+                restored[at] = row.copied[number]
+            seq.tables[number] = restored
         seq.in_step = False
 
     def _replace_tail(self, seq: Sequence, copied: list[int]) -> None:
@@ -276,7 +295,7 @@ class Transactions:
                     self.index.detach(number, mine)
                     group.pool.unmark_findable(mine)
                     group.pool.release([mine])
-                    table[at] = twin
+                    seq.tables[number] = [*table[:at], twin, *table[at + 1 :]]
                     continue
                 # The twin lost its block in this group (a window let it go): ours fills the hole.
                 self.index.detach(number, mine)
@@ -303,8 +322,8 @@ class Transactions:
             self._settle_tail(seq.nodes[last], [table[last] for table in seq.tables])
         for number, (group, table) in enumerate(zip(self.groups, seq.tables, strict=False)):
             group.pool.release(table[at:])
-            del table[at:]
-            seq.dropped[number] = min(seq.dropped[number], len(table))
+            seq.tables[number] = table[:at]
+            seq.dropped[number] = min(seq.dropped[number], at)
         del seq.nodes[at:]
 
     def _settle_tail(self, node: int, blocks: list[int]) -> None:
@@ -352,7 +371,7 @@ class Transactions:
                 first = min(first, len(seq.nodes) - 1)
             if first > start:
                 group.pool.release(table[start:first])
-                table[start:first] = [0] * (first - start)
+                seq.tables[number] = [0] * first + table[first:]
                 seq.dropped[number] = first
 
     def regain_window(self, seq: Sequence, length: int) -> bool:
@@ -373,7 +392,8 @@ class Transactions:
         for number, first, missing in regained:
             if missing:
                 self.groups[number].pool.retain(missing)
-                seq.tables[number][first : first + len(missing)] = missing
+                table = seq.tables[number]
+                seq.tables[number] = table[:first] + missing + table[first + len(missing) :]
                 seq.dropped[number] = first
         return True
 
