@@ -111,12 +111,10 @@ class BlockCache:
     def findable_blocks(self) -> list[Evicted]:
         """Every full block that can be found now, as :attr:`on_evict` would describe it."""
         with self._lock:
-            found = [
-                self._moves.describe(number, block)
-                for number, group in enumerate(self.groups)
-                for block in range(1, group.pool.num_blocks + 1)
-                if group.pool.is_findable(block)
-            ]
+            found: list[Evicted] = []
+            for number, group in enumerate(self.groups):
+                blocks = [block for block in range(1, group.pool.num_blocks + 1) if group.pool.is_findable(block)]
+                found += self._moves.describe(number, blocks)
             return [one for one in found if one.key is not None]
 
     def count_as_cached(self, seq: Sequence) -> None:

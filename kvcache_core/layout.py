@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 from kvcache_core.errors import InvalidInput, InvalidType
 
-__all__ = ["DTYPE_BYTES", "ArraySpec", "BlockLayout", "LayerSpec"]
+__all__ = ["DTYPE_BYTES", "ArraySpec", "BlockLayout", "LayerSpec", "PackedArray"]
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes per element of each stored dtype."""
+
+_NUMPY_FLOATS = ("float64", "float32", "float16")
 
 _KINDS = ("attention", "output")
 
@@ -97,6 +99,32 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedArray:
+    """Where one array lies in a packed block: the block's content as bytes, in one order for every store.
+
+    Attributes:
+        layer: its layer.
+        name: its name.
+        dtype: its element type.
+        shape: (block_size, H, D), the last one fastest.
+        offset: its first byte in the packed block.
+        bits: the little-endian numpy dtype of its elements, or of their bits where numpy has no such type.
+    """
+
+    layer: int
+    name: str
+    dtype: str
+    shape: tuple[int, int, int]
+    offset: int
+    bits: str
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return self.shape[0] * self.shape[1] * self.shape[2] * int(self.bits[-1])
+
+
+@dataclass(frozen=True, slots=True)
 class BlockLayout:
     """The shape of a block: every layer's arrays for ``block_size`` tokens.
 
@@ -148,6 +176,26 @@ class BlockLayout:
         """Bytes one token takes in one layer."""
         return sum(a.heads * a.size * DTYPE_BYTES[self.array_dtype(a)] for a in self.layers[layer].arrays)
 
+    def packed(self, group: int) -> tuple[PackedArray, ...]:
+        """The arrays of a layer group in a packed block, in the order of layers and of each layer's arrays."""
+        arrays: list[PackedArray] = []
+        offset = 0
+        for layer, spec in enumerate(self.layers):
+            if self.group_of(layer) != group:
+                continue
+            for array in spec.arrays:
+                dtype = self.array_dtype(array)
+                shape = (self.block_size, array.heads, array.size)
+                packed = PackedArray(layer, array.name, dtype, shape, offset, _bits(dtype))
+                arrays.append(packed)
+                offset += packed.nbytes
+        return tuple(arrays)
+
+    def packed_bytes(self, group: int) -> int:
+        """Bytes of a packed block of a layer group."""
+        last = self.packed(group)[-1]
+        return last.offset + last.nbytes
+
     @property
     def bytes_per_token(self) -> int:
         """Bytes one token takes, all layers."""
@@ -171,3 +219,8 @@ class BlockLayout:
 def _check_dtype(dtype: str) -> None:
     if dtype not in DTYPE_BYTES:
         raise InvalidType(f"dtype must be one of {sorted(DTYPE_BYTES)}, got {dtype!r}")
+
+
+def _bits(dtype: str) -> str:
+    """The little-endian numpy dtype that holds the elements' bits; float types numpy lacks as unsigned integers."""
+    return f"<{'f' if dtype in _NUMPY_FLOATS else 'u'}{DTYPE_BYTES[dtype]}"

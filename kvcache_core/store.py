@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcache_core.errors import InvalidInput, InvalidType
-from kvcache_core.layout import BlockLayout
+from kvcache_core.layout import BlockLayout, PackedArray
 from kvcache_core.plan import StepPlan
 from kvcache_core.types import BlockId
 
-__all__ = ["BlockBytes", "KVStore", "NumpyStore"]
+__all__ = ["BlockBytes", "KVStore", "NumpyStore", "packed_view"]
 
 BlockBytes = dict[tuple[int, str], NDArray[Any]]
 """One block's content: {(layer, array name): [block_size, H, D]}, the same axis order for every store."""
@@ -47,8 +47,21 @@ class KVStore(Protocol):
     def import_block(self, group: int, block: int, content: BlockBytes) -> None:
         """The reverse of :meth:`export_block`."""
 
+    def export_blocks(self, group: int, blocks: Sequence[int]) -> NDArray[np.uint8]:
+        """The content of N blocks as bytes, uint8 [N, ``layout.packed_bytes(group)``] as ``layout.packed`` says."""
+
+    def import_blocks(self, group: int, blocks: Sequence[int], packed: NDArray[np.uint8]) -> None:
+        """The reverse of :meth:`export_blocks`; ``packed`` may be read-only."""
+
     def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]]) -> None:
         """Change the capacity; ``moves`` holds {old: new} per layer group."""
+
+
+def packed_view(packed: NDArray[np.uint8], array: PackedArray) -> NDArray[Any]:
+    """One array of packed blocks uint8 [N, bytes] as a view [N, block_size, H, D] of its elements' bits."""
+    part = packed[:, array.offset : array.offset + array.nbytes]
+    found: NDArray[Any] = part.view(array.bits).reshape(len(packed), *array.shape)
+    return found
 
 
 class NumpyStore:
@@ -118,6 +131,20 @@ class NumpyStore:
         """The reverse of :meth:`export_block`."""
         for (layer, name), values in content.items():
             self._blocks(self.arrays[layer, name])[:, block] = values.swapaxes(0, 1)
+
+    def export_blocks(self, group: int, blocks: Sequence[int]) -> NDArray[np.uint8]:
+        """The content of N blocks, packed: uint8 [N, bytes]."""
+        packed = np.empty((len(blocks), self.layout.packed_bytes(group)), np.uint8)
+        for array in self.layout.packed(group):
+            content = self._blocks(self.arrays[array.layer, array.name])[:, list(blocks)]
+            packed_view(packed, array)[...] = content.transpose(1, 2, 0, 3)
+        return packed
+
+    def import_blocks(self, group: int, blocks: Sequence[int], packed: NDArray[np.uint8]) -> None:
+        """The reverse of :meth:`export_blocks`."""
+        for array in self.layout.packed(group):
+            content = packed_view(packed, array).transpose(2, 0, 1, 3)
+            self._blocks(self.arrays[array.layer, array.name])[:, list(blocks)] = content
 
     def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]]) -> None:
         """Change the capacity; ``moves`` holds {old: new} per layer group."""

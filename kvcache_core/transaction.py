@@ -52,15 +52,37 @@ class Transactions:
 
     def evict(self, number: int, blocks: Iterable[int], evicted: list[Evicted]) -> None:
         """The pool has evicted ``blocks`` of group ``number``: forget what they held, note it in ``evicted``."""
+        blocks = list(blocks)
+        if self.on_evict is not None:
+            evicted += self.describe(number, blocks)
         for block in blocks:
-            evicted.append(self.describe(number, block))
             self.index.detach(number, block)
-            self.evicted_blocks += 1
+        self.evicted_blocks += len(blocks)
 
-    def describe(self, number: int, block: int) -> Evicted:
-        """What a findable block of group ``number`` holds."""
-        node = self.index.node(number, block)
-        return Evicted(number, BlockId(block), self.index.key(node), self.index.fill(node))
+    def describe(self, number: int, blocks: Iterable[int]) -> list[Evicted]:
+        """What findable blocks of group ``number`` hold."""
+        roots: dict[int, bytes] = {}
+        found = []
+        for block in blocks:
+            node = self.index.node(number, block)
+            found.append(
+                Evicted(number, BlockId(block), self.index.key(node), self.index.fill(node), self._root(node, roots))
+            )
+        return found
+
+    def _root(self, node: int, roots: dict[int, bytes]) -> bytes:
+        """The key of the root above ``node``; ``roots`` remembers the way, for blocks of one chain."""
+        path = []
+        while node not in roots:
+            parent = self.index.parent(node)
+            if not parent:
+                roots[node] = self.index.key(node) or b""
+                break
+            path.append(node)
+            node = parent
+        root = roots[node]
+        roots.update(dict.fromkeys(path, root))
+        return root
 
     def announce(self, evicted: list[Evicted]) -> None:
         """Tell :attr:`on_evict`, before anything can overwrite the blocks' bytes."""

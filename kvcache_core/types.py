@@ -36,9 +36,11 @@ class Evicted:
         block: its id.
         key: the chained key of everything up to its last token; None for a tail, which has none.
         fill: tokens it holds.
+        root: key of the root of its chain: it stands for the namespace and the salt.
     """
 
     group: int
     block: BlockId
     key: bytes | None
     fill: int
+    root: bytes

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.layout import DTYPE_BYTES, BlockLayout
-from kvcache_core.store import BlockBytes
+from kvcache_core.store import BlockBytes, packed_view
 from kvcache_core.types import BlockId
 
 __all__ = ["TensorStore", "dtype_name"]
@@ -50,6 +50,7 @@ class TensorStore:
         self.layout = layout
         self.num_blocks = num_blocks
         self._specs = {(layer, array.name): array for layer, spec in enumerate(layout.layers) for array in spec.arrays}
+        self._graphs: dict[tuple[str, int], Any] = {}
         with tf.init_scope():
             self._arrays = {key: self._allocate(*key) for key in self._specs}
 
@@ -122,6 +123,53 @@ class TensorStore:
             tf.raw_ops.ResourceScatterUpdate(
                 resource=array.handle, indices=self._rows(key, block), updates=tf.constant(heads)
             )
+
+    def export_blocks(self, group: int, blocks: Sequence[int]) -> np.ndarray[Any, Any]:
+        """The content of N blocks, packed: uint8 [N, bytes]."""
+        packed = np.empty((len(blocks), self.layout.packed_bytes(group)), np.uint8)
+        with tf.init_scope():
+            contents = self._exports(group)(tf.constant(blocks, tf.int32), tf.constant(self.stride, tf.int32))
+        for spec, content in zip(self.layout.packed(group), contents, strict=True):
+            view = packed_view(packed, spec)
+            view[...] = content.numpy().view(view.dtype).transpose(1, 2, 0, 3)
+        return packed
+
+    def import_blocks(self, group: int, blocks: Sequence[int], packed: np.ndarray[Any, Any]) -> None:
+        """The reverse of :meth:`export_blocks`."""
+        contents = []
+        for spec in self.layout.packed(group):
+            dtype = self._arrays[spec.layer, spec.name].dtype.as_numpy_dtype
+            heads = np.ascontiguousarray(packed_view(packed, spec).transpose(2, 0, 1, 3))
+            contents.append(heads.view(dtype))
+        with tf.init_scope():
+            self._imports(group)(tf.constant(blocks, tf.int32), tf.constant(self.stride, tf.int32), contents)
+
+    def _exports(self, group: int) -> Any:
+        """One graph that gathers blocks [N] of all arrays, each [H, N, block_size, D]."""
+        if ("export", group) not in self._graphs:
+            arrays = [(self._specs[key].heads, array) for key, array in self._group_arrays(group)]
+
+            def gather(blocks: _Tensor, stride: _Tensor) -> list[_Tensor]:
+                return [tf.gather(array, tf.range(heads)[:, None] * stride + blocks) for heads, array in arrays]
+
+            spec = (tf.TensorSpec([None], tf.int32), tf.TensorSpec([], tf.int32))
+            self._graphs["export", group] = tf.function(gather, input_signature=spec, autograph=False)
+        return self._graphs["export", group]
+
+    def _imports(self, group: int) -> Any:
+        """One graph that scatters blocks [N] into all arrays, each from [H, N, block_size, D]."""
+        if ("import", group) not in self._graphs:
+            arrays = [(self._specs[key].heads, array) for key, array in self._group_arrays(group)]
+
+            def scatter(blocks: _Tensor, stride: _Tensor, contents: list[_Tensor]) -> None:
+                for (heads, array), content in zip(arrays, contents, strict=True):
+                    rows = tf.range(heads)[:, None] * stride + blocks
+                    tf.raw_ops.ResourceScatterUpdate(resource=array.handle, indices=rows, updates=content)
+
+            contents = [tf.TensorSpec([heads, None, *array.shape[1:]], array.dtype) for heads, array in arrays]
+            spec = (tf.TensorSpec([None], tf.int32), tf.TensorSpec([], tf.int32), contents)
+            self._graphs["import", group] = tf.function(scatter, input_signature=spec, autograph=False)
+        return self._graphs["import", group]
 
     def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]]) -> None:
         """Change the capacity; ``moves`` holds {old: new} per layer group.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.layout import BlockLayout
-from kvcache_core.store import BlockBytes
+from kvcache_core.store import BlockBytes, packed_view
 from kvcache_core.types import BlockId
 
 __all__ = ["TensorStore", "dtype_name", "torch_dtype"]
@@ -127,6 +127,26 @@ class TensorStore:
                 tensor = tensor.view(torch.bfloat16)
             self._blocks(self.array(*key))[:, block].copy_(tensor.transpose(0, 1))
 
+    def export_blocks(self, group: int, blocks: Sequence[int]) -> np.ndarray[Any, Any]:
+        """The content of N blocks, packed: uint8 [N, bytes]."""
+        packed = np.empty((len(blocks), self.layout.packed_bytes(group)), np.uint8)
+        index = torch.tensor(blocks, dtype=torch.int64, device=self.device)
+        with torch.inference_mode(False), torch.no_grad():
+            for spec in self.layout.packed(group):
+                target = torch.from_numpy(packed_view(packed, spec)).permute(2, 0, 1, 3)
+                content = self._blocks(self.array(spec.layer, spec.name)).index_select(1, index)
+                target.copy_(_bits(content, target.dtype))
+        return packed
+
+    def import_blocks(self, group: int, blocks: Sequence[int], packed: np.ndarray[Any, Any]) -> None:
+        """The reverse of :meth:`export_blocks`."""
+        index = torch.tensor(blocks, dtype=torch.int64, device=self.device)
+        with torch.inference_mode(False), torch.no_grad():
+            for spec in self.layout.packed(group):
+                content = _tensor(packed_view(packed, spec)).permute(2, 0, 1, 3).to(self.device)
+                target = self._blocks(self.array(spec.layer, spec.name))
+                target.index_copy_(1, index, _bits(content, target.dtype))
+
     def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]]) -> None:
         """Change the capacity; ``moves`` holds {old: new} per layer group."""
         kept = min(num_blocks, self.num_blocks) + 1
@@ -158,3 +178,8 @@ def _tensor(values: Any) -> Tensor:
     if isinstance(values, np.ndarray) and (not values.flags.writeable or any(step < 0 for step in values.strides)):
         values = values.copy()
     return torch.as_tensor(values)
+
+
+def _bits(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same memory, as the integers that stand for a dtype which numpy lacks."""
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)

@@ -235,6 +235,60 @@ def test_a_block_moves_between_frameworks(source, target):
         )
 
 
+# ---- many blocks as bytes -----------------------------------------------------------------------------------------
+
+GROUPED = {**LAYOUTS, "bfloat16": BlockLayout([LayerSpec.attention(2, 3, 5)] * 2, BLOCK, "bfloat16")}
+
+
+def stores_of(layout: BlockLayout) -> list[str]:
+    return HALF if layout.dtype == "bfloat16" else list(STORES)
+
+
+@pytest.mark.parametrize("which", list(GROUPED))
+def test_packed_blocks_are_the_same_bytes_from_every_store_into_every_store(which):
+    layout = GROUPED[which]
+    for group in range(len(layout.groups)):
+        exported = []
+        for name in stores_of(layout):
+            store = STORES[name](layout, 9)
+            for layer, array in arrays(layout):
+                store.write(layer, array.name, np.arange(4, 40), values(layout, array, 36, layer))
+            packed = store.export_blocks(group, [7, 2, 3])
+            assert packed.shape == (3, layout.packed_bytes(group))
+            assert packed.dtype == np.uint8
+            exported.append(packed)
+            packed.flags.writeable = False
+            for target in stores_of(layout):
+                other = STORES[target](layout, 5)
+                other.import_blocks(group, [5, 1, 4], packed)
+                for at, block in enumerate((5, 1, 4)):
+                    _equal_bytes([[store.export_block(group, (7, 2, 3)[at])], [other.export_block(group, block)]])
+                assert not other.export_blocks(group, [2, 3]).any()
+        assert all(np.array_equal(exported[0], other) for other in exported)
+
+
+def test_a_packed_block_holds_its_arrays_one_after_another():
+    layout = BlockLayout([LayerSpec.attention(2, 8, 3), LayerSpec.attention(1, 4, window=9)], BLOCK)
+    store = NumpyStore(layout, 3)
+    for layer, array in arrays(layout):
+        store.write(layer, array.name, np.arange(8, 12), values(layout, array, 4, layer))
+    k, v = (values(layout, array, 4, 0) for array in layout.layers[0].arrays)
+    assert store.export_blocks(0, [2])[0].tobytes() == k.tobytes() + v.tobytes()
+
+
+@pytest.mark.parametrize("name", list(STORES))
+def test_packed_blocks_survive_a_resize(name):
+    layout = LAYOUTS["two groups"]
+    store = STORES[name](layout, 6)
+    for layer, array in arrays(layout):
+        store.write(layer, array.name, np.arange(28), values(layout, array, 28, layer))
+    before = store.export_blocks(1, [2, 3])
+    store.resize(4, [{}, {}])
+    assert np.array_equal(store.export_blocks(1, [2, 3]), before)
+    store.import_blocks(1, [4, 1], before)
+    assert np.array_equal(store.export_blocks(1, [1, 4, 2]), before[[1, 0, 0]])
+
+
 def test_numpy_has_no_bfloat16():
     with pytest.raises(InvalidType, match="numpy has no bfloat16"):
         NumpyStore(BlockLayout([LayerSpec.attention(1, 2)], BLOCK, "bfloat16"), 2)

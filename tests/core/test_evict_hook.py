@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcache_core import BlockCache, BlockLayout, LayerSpec
+from kvcache_core.keys import root_key
 from kvcache_core.types import Evicted
 
 
@@ -79,6 +80,20 @@ def test_every_group_is_announced():
     fill(core, [11, 12, 13, 14, 15, 16, 17, 18])
     for group in range(2):
         assert {one.key for one in heard if one.group == group} == set(keys)
+
+
+def test_the_root_tells_namespaces_and_salts_apart():
+    core = BlockCache(num_blocks=8, block_size=2, namespace=b"one")
+    roots = []
+    for namespace, salt in ((b"one", b""), (b"one", b"salt"), (b"two", b"")):
+        core.namespace = namespace
+        seq = core.open([1, 2, 3, 4], salt)
+        core.commit(core.plan([seq], [[1, 2, 3, 4]]))
+        roots.append(root_key(2, namespace, salt))
+        core.close(seq)
+    found = core.findable_blocks()
+    assert len(found) == 6
+    assert [one.root for one in found] == [root for root in roots for _ in range(2)]
 
 
 def test_what_is_found_elsewhere_counts_as_cached():
