@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kvcache_core.errors import UsageError
 from kvcache_core.frontend import Call
 from kvcache_keras.context import local, not_recording, recording
-from kvcache_keras.runner import last_of, place
+from kvcache_keras.runner import last_of, model_input, place, takes_token_dict
 from kvcache_keras.step import pack, signature
 from kvcache_keras.transparent import Rows, check_ids, output_slots, rows_of
 
@@ -60,9 +60,9 @@ class AttachedCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call."""
-        added = {name: kwargs.get(name) for name in _ROW_ARGUMENTS if kwargs.get(name) is not None}
+        added = {name: kwargs[name] for name in _ROW_ARGUMENTS if _is_given(kwargs.get(name))}
         for name in _ROW_ARGUMENTS:
-            if name not in self._own:
+            if name not in self._own or not _is_given(kwargs.get(name)):
                 kwargs.pop(name, None)
         if local.step is not None or (local.cache is not self.cache and not added.keys() - self._own):
             return self.original(*args, **kwargs)
@@ -81,6 +81,8 @@ class AttachedCall:
         others = [str(at) for at in range(1, len(args))]
         others += [name for name, value in kwargs.items() if name not in (*rows, "training") and value is not None]
         x = args[0] if args else None
+        if takes_token_dict(self.model) and isinstance(x, dict):
+            x, rows = _from_token_dict(x, rows)
         if not tf.is_tensor(x):
             return self.original(*args, **kwargs)
         if others:
@@ -100,7 +102,7 @@ class _EagerCall:
     """One call of the model on concrete ids."""
 
     def __init__(self, attached: AttachedCall, x: _Tensor, lengths: Any, mask: Any, plain: dict[str, Any]) -> None:
-        self.cache, self.original = attached.cache, attached.original
+        self.cache, self.original, self.model = attached.cache, attached.original, attached.model
         self.x, self.plain_arguments = x, plain
         self.rows = rows_of(x.numpy(), _values(lengths), _values(mask))
 
@@ -110,9 +112,10 @@ class _EagerCall:
             self.cache.bypass(self.rows.count, reason)
         rows = self.rows
         if rows.is_full:
-            output = self.original(self.x, **self.plain_arguments)
+            ids = self.x
         else:
-            output = self.original(tf.constant(rows.aligned(), self.x.dtype), **self.plain_arguments)
+            ids = tf.constant(rows.aligned(), self.x.dtype)
+        output = self.original(model_input(self.model, ids), **self.plain_arguments)
         if reason is not None and self.cache.outputs == "last":
             return last_of(output, rows.last)
         return output if rows.is_full else place(output, rows.columns())
@@ -186,7 +189,7 @@ class _GraphCall:
 
     def _plain(self, aligned: _Tensor, columns: _Tensor, last: _Tensor, *, only_last: bool) -> _Tensor:
         x = tf.cast(aligned, self.x.dtype) if self.padded else self.x
-        output = self.original(x, **self.plain_arguments)
+        output = self.original(model_input(self.model, x), **self.plain_arguments)
         if only_last:
             return last_of(output, last)
         return place(output, columns) if self.padded else output
@@ -282,6 +285,19 @@ def _reason_to_bypass(training: Any) -> str | None:
     if recording():
         return "a GradientTape is recording; leave it, or use its stop_recording(), to use the cache"
     return None
+
+
+def _is_given(value: Any) -> bool:
+    """Whether a mask or lengths are there; Keras itself passes a dictionary of None for a dictionary of inputs."""
+    return value is not None and not isinstance(value, dict)
+
+
+def _from_token_dict(x: dict[str, Any], rows: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """KerasHub's input as ids and a mask; a mask or lengths given besides it count instead."""
+    ids = x.get("token_ids")
+    if isinstance(ids, np.ndarray):
+        ids = tf.convert_to_tensor(ids)
+    return ids, rows or {"mask": x.get("padding_mask")}
 
 
 def _values(given: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +19,8 @@ from kvcache_keras.attach import AttachedCall
 from kvcache_keras.context import local, not_recording, stepping
 from kvcache_keras.fingerprint import Fingerprint
 from kvcache_keras.graphcall import PendingCalls
-from kvcache_keras.runner import StepRunner, build, to_numpy
+from kvcache_keras.routes import Routes
+from kvcache_keras.runner import StepRunner, build, model_input, to_numpy
 from kvcache_keras.step import Recorder
 from kvcache_keras.store import TensorStore, dtype_name
 
@@ -57,6 +59,7 @@ class KVCache(FrontendCache):
         self.pending = PendingCalls()
         self._runner: StepRunner | None = None
         self._weights: Fingerprint | None = None
+        self._undo: list[Callable[[], Any]] = []
 
     def _prepare(self) -> None:
         if self._core is None and not tf.executing_eagerly():
@@ -83,7 +86,7 @@ class KVCache(FrontendCache):
             build(model)
             recorder = Recorder()
             with stepping(recorder):
-                output = model(tf.zeros((1, 1), tf.int32), training=False)
+                output = model(model_input(model, tf.zeros((1, 1), tf.int32)), training=False)
         if not tf.is_tensor(output) or output.shape[:2] != (1, 1):
             found = tuple(output.shape) if tf.is_tensor(output) else type(output).__name__
             raise InvalidInput(f"a token model must map ids [B, T] to a tensor [B, T, ...], got {found} for [1, 1]")
@@ -112,11 +115,22 @@ class KVCache(FrontendCache):
     def _install(self, model: Any) -> None:
         if not isinstance(model, keras.layers.Layer):
             raise InvalidType(f"kvcache_keras attaches a Keras model, got {type(model).__name__}")
-        AttachedCall(self, model).install()
+        routes, call = Routes(model), AttachedCall(self, model)
+        call.install()
+        self._undo = [routes.uninstall, call.uninstall]
+
+    def at_detach(self, undo: Callable[[], Any]) -> None:
+        """Have ``undo`` called when the model is detached."""
+        self._undo.append(undo)
 
     def _uninstall(self, model: Any) -> None:
         self._runner = self._weights = None
-        vars(model)["call"].uninstall()
+        while self._undo:
+            self._undo.pop()()
+
+    def native_ids(self, ids: Any) -> Any:
+        """Numpy ids [B, T] as the attached model takes them."""
+        return model_input(self.model, tf.constant(ids, tf.int32))
 
     # ---- running the model ---------------------------------------------------------------------
 
@@ -145,7 +159,7 @@ def _vocab_size(model: Any, output: _Tensor) -> int | None:
     """
     try:
         with tf.init_scope(), stepping(Recorder()):
-            model(tf.fill((1, 1), tf.int32.max), training=False)
+            model(model_input(model, tf.fill((1, 1), tf.int32.max)), training=False)
     except tf.errors.InvalidArgumentError as error:
         found = re.search(r"is not in \[0, (\d+)\)", str(error))
         if found:

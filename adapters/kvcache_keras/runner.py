@@ -16,7 +16,17 @@ from kvcache_keras.kernels import dimensions, plain_attention, reshape
 from kvcache_keras.step import Step, check_query, pack, signature
 from kvcache_keras.store import TensorStore
 
-__all__ = ["Recompute", "StepRunner", "build", "last_of", "place", "recompute_of", "to_numpy"]
+__all__ = [
+    "Recompute",
+    "StepRunner",
+    "build",
+    "last_of",
+    "model_input",
+    "place",
+    "recompute_of",
+    "takes_token_dict",
+    "to_numpy",
+]
 
 _Tensor = Any
 
@@ -80,7 +90,7 @@ class StepRunner:
 
     def _run_model(self, step: Step) -> _Tensor:
         with stepping(step):
-            output = self._model(step.tokens, training=False)
+            output = self._model(model_input(self._model, step.tokens), training=False)
         if step.last_only and not step.selected and output.shape[1] != 1:
             output = last_of(output, step.last_index)
         return output
@@ -147,8 +157,9 @@ class Recompute:
         def run(tokens: _Tensor, last: _Tensor) -> _Tensor:
             self.traces += 1
             step = _Uncached(tf.range(tf.shape(tokens)[1])[None], last)
+            model = reference()
             with stepping(step):
-                output = reference()(tokens, training=False)  # type: ignore[misc]
+                output = model(model_input(model, tokens), training=False)  # type: ignore[misc]
             return output[:, 0] if step.selected else last_of(output, last)[:, 0]
 
         spec = [tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None], tf.int32)]
@@ -167,7 +178,20 @@ def build(model: Any) -> None:
     """Make the model's variables by a first call on one token: Keras runs parts of it more than once for that."""
     if not model.built:
         with outside():
-            model(tf.zeros((1, 1), tf.int32), training=False)
+            model(model_input(model, tf.zeros((1, 1), tf.int32)), training=False)
+
+
+def model_input(model: Any, tokens: _Tensor) -> Any:
+    """Ids [B, T] as the model takes them: as they are, or with KerasHub's mask of what is no padding."""
+    if not takes_token_dict(model):
+        return tokens
+    return {"token_ids": tokens, "padding_mask": tf.ones_like(tokens)}
+
+
+def takes_token_dict(model: Any) -> bool:
+    """Whether the model's input is KerasHub's: {"token_ids", "padding_mask"}."""
+    inputs = getattr(model, "_inputs_struct", None)
+    return isinstance(inputs, dict) and set(inputs) == {"token_ids", "padding_mask"}
 
 
 _recomputes: weakref.WeakKeyDictionary[Any, Recompute] = weakref.WeakKeyDictionary()

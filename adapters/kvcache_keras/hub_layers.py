@@ -1,0 +1,178 @@
+"""How KerasHub's layers are served: by class name, so that nothing here imports KerasHub.
+
+A layer's own ``call`` runs, with its projections, norms and rotary embedding; only the positions and the product of
+query, key and value come from the cache. Written against KerasHub 0.32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from kvcache_core.errors import InvalidInput
+from kvcache_keras.attention import attention, select_outputs
+from kvcache_keras.routes import Route, here, positions_like
+
+__all__ = ["ROUTES"]
+
+_Tensor = Any
+_Given = dict[str, Any]
+
+
+# ---- positions ---------------------------------------------------------------------------------------
+
+
+def _with_positions(layer: Any, original: Callable[..., Any], given: _Given) -> _Tensor:
+    """Layers that take ``positions=`` and count from 0 without it."""
+    return original(given["inputs"], positions=positions_like(given["inputs"]))
+
+
+def _refuse_axes(layer: Any) -> str | None:
+    if (layer.sequence_axis, layer.feature_axis) == (1, -1):
+        return None
+    return f"its axes are ({layer.sequence_axis}, {layer.feature_axis}), the cache's are (1, -1)"
+
+
+def _refuse_dynamic(layer: Any) -> str | None:
+    return "its angles depend on the length of the whole sequence, so that a longer one would need other keys"
+
+
+# ---- attention ---------------------------------------------------------------------------------------
+
+
+def _grouped(scale: str, groups: str | None, window: Callable[[Any], int | None]) -> Callable[..., _Tensor]:
+    """Serve a ``_compute_attention(query, key, value, ...)`` whose K/V heads were repeated before."""
+
+    def serve(layer: Any, original: Callable[..., Any], given: _Given) -> _Tensor:
+        q, k, v = given["query"], given["key"], given["value"]
+        repeats = getattr(layer, groups) if groups else 1
+        if repeats > 1:
+            k, v = k[:, :, ::repeats], v[:, :, ::repeats]
+        return attention(q, k, v, scale=getattr(layer, scale), window=window(layer))
+
+    return serve
+
+
+def _no_window(layer: Any) -> None:
+    return None
+
+
+def _gemma(layer: Any, original: Callable[..., Any], given: _Given) -> _Tensor:
+    size = layer.head_dim if layer.query_head_dim_normalize else layer.hidden_dim // layer.num_query_heads
+    return attention(
+        given["q"],
+        given["k"],
+        given["v"],
+        scale=size**-0.5,
+        window=layer.sliding_window_size if layer.use_sliding_window_attention else None,
+        softcap=layer.logit_soft_cap,
+    )
+
+
+def _refuse_bidirectional(layer: Any) -> str | None:
+    return "its tokens see what comes after them" if layer.use_bidirectional_attention else None
+
+
+def _cached_multi_head(layer: Any, original: Callable[..., Any], given: _Given) -> _Tensor:
+    x = given["query"]
+    if any(other is not None and other is not x for other in (given["value"], given.get("key"))):
+        raise InvalidInput(f"layer {here(layer)} cannot be served from a cache exactly: it is cross-attention")
+    y = attention(layer._query_dense(x), layer._key_dense(x), layer._value_dense(x), scale=layer._inverse_sqrt_key_dim)
+    return layer._output_dense(y)
+
+
+# ---- ALiBi -------------------------------------------------------------------------------------------
+
+
+def _alibi_attention(q: _Tensor, k: _Tensor, v: _Tensor, slopes: Any, scale: float) -> _Tensor:
+    """Attention whose scores get ``slopes[h] * position of the key``: one more number in each key and query.
+
+    A query's own position adds the same to all its scores, and a softmax does not see that.
+    """
+    where = tf.cast(positions_like(k), k.dtype)[:, :, None, None]
+    k = tf.concat((k, tf.broadcast_to(where, (*_leading(k), 1))), axis=-1)
+    ramp = tf.cast(tf.constant(slopes, tf.float32) / scale, q.dtype)[None, None, :, None]
+    q = tf.concat((q, tf.broadcast_to(ramp, (*_leading(q), 1))), axis=-1)
+    return attention(q, k, v, scale=scale)
+
+
+def _leading(x: _Tensor) -> Any:
+    return tf.unstack(tf.shape(x)[:-1])
+
+
+def _bloom(layer: Any, original: Callable[..., Any], given: _Given) -> _Tensor:
+    x = given["hidden_states"]
+    slopes = layer._alibi_layer._get_slopes(layer.num_heads)
+    q, k, v = layer._query_dense(x), layer._key_dense(x), layer._value_dense(x)
+    y = _alibi_attention(q, k, v, slopes, layer.inv_norm_factor)
+    return layer._output_dense(_join_heads(y))
+
+
+def _falcon(layer: Any, original: Callable[..., Any], given: _Given) -> _Tensor:
+    """Falcon scales the sum of scores and ALiBi; its slopes come with the decoder's ``alibi`` [B, H, 1, T]."""
+    x = given["inputs"]
+    slopes = _alibi_slopes(layer.num_heads) * layer.inv_norm_factor
+    q, k, v = layer.query_dense(x), layer.key_dense(x), layer.value_dense(x)
+    return layer.output_dense(_join_heads(_alibi_attention(q, k, v, slopes, layer.inv_norm_factor)))
+
+
+def _join_heads(y: _Tensor) -> _Tensor:
+    batch, length = tf.unstack(tf.shape(y)[:2])
+    return tf.ensure_shape(tf.reshape(y, (batch, length, y.shape[2] * y.shape[3])), (*y.shape[:2], None))
+
+
+def _alibi_slopes(heads: int) -> Any:
+    """Slopes of Press et al. 2021, also for head counts that are no power of two."""
+    power = 1 << (heads.bit_length() - 1)
+    slopes = 2.0 ** (-8.0 / power * np.arange(1, power + 1))
+    between = 2.0 ** (-4.0 / power * np.arange(1, 2 * power + 1, 2))
+    return np.concatenate((slopes, between[: heads - power]))
+
+
+# ---- logits ------------------------------------------------------------------------------------------
+
+
+def _logits(layer: Any, original: Callable[..., Any], given: _Given) -> _Tensor:
+    """The language model's last layer: only the rows that are wanted."""
+    if not given.get("reverse"):
+        return original(given["inputs"])
+    return original(select_outputs(given["inputs"]), reverse=True)
+
+
+_POSITIONS = Route(_with_positions, attends=False)
+_ROTARY = Route(_with_positions, refuse=_refuse_axes, attends=False)
+
+
+def _attention(groups: str | None, window: Callable[[Any], int | None] = _no_window) -> Route:
+    return Route(_grouped("_inv_norm_factor", groups, window), "_compute_attention")
+
+
+ROUTES: Mapping[str, Route] = {
+    "PositionEmbedding": _POSITIONS,
+    "SinePositionEncoding": _POSITIONS,
+    "RotaryEmbedding": _ROTARY,
+    "LlamaRotaryEmbedding": _ROTARY,
+    "Phi3SuScaledRotaryEmbedding": Route(_with_positions, refuse=_refuse_dynamic, attends=False),
+    "LlamaAttention": _attention("num_key_value_groups"),
+    "CachedMistralAttention": _attention("_num_key_value_groups", lambda layer: layer._sliding_window),
+    "CachedMixtralAttention": _attention("num_key_value_groups", lambda layer: layer.sliding_window),
+    "QwenAttention": _attention(
+        "num_key_value_groups",
+        lambda layer: layer.sliding_window_size if layer.use_sliding_window_attention else None,
+    ),
+    "Qwen3Attention": _attention("num_key_value_groups", lambda layer: layer.sliding_window_size or None),
+    "Phi3Attention": _attention("num_key_value_groups"),
+    "GPTNeoXAttention": _attention(None),
+    "CachedGemmaAttention": Route(_gemma, "_compute_attention"),
+    "CachedGemma3Attention": Route(_gemma, "_compute_attention"),
+    "Gemma3DecoderBlock": Route(
+        lambda layer, original, given: original(**given), refuse=_refuse_bidirectional, attends=False
+    ),
+    "CachedMultiHeadAttention": Route(_cached_multi_head),
+    "BloomAttention": Route(_bloom),
+    "FalconAttention": Route(_falcon),
+    "ReversibleEmbedding": Route(_logits, attends=False),
+}

@@ -1,0 +1,213 @@
+"""Layers of a model that people did not write for the cache: while it is attached, their attention goes through it.
+
+A layer keeps its own ``call``; outside a step of the cache it runs untouched. Inside one, attention layers hand their
+query, key and value to :func:`kvcache_keras.attention`, and layers that know positions take them from
+:func:`kvcache_keras.positions`.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras import ops
+
+from kvcache_core.errors import InvalidInput
+from kvcache_keras.attention import attention, positions
+from kvcache_keras.context import local
+
+__all__ = ["Route", "RoutedMethod", "Routes", "here", "is_routed", "positions_like"]
+
+_Tensor = Any
+
+
+@dataclass(frozen=True)
+class Route:
+    """How one class of layers is served.
+
+    Args:
+        serve: takes (layer, the layer's own method, its arguments by name); what the method returns inside a step.
+        method: the method it stands in for.
+        refuse: says why a layer of this class cannot be served exactly, or None.
+        attends: whether the layer is attention (or makes positions only).
+    """
+
+    serve: Callable[[Any, Callable[..., Any], dict[str, Any]], Any]
+    method: str = "call"
+    refuse: Callable[[Any], str | None] = lambda layer: None
+    attends: bool = True
+
+
+class RoutedMethod:
+    """Stands in for one method of one layer. Copies and pickles as the layer's own."""
+
+    def __init__(self, layer: Any, route: Route) -> None:
+        self.layer = layer
+        self.route = route
+        self.original = getattr(layer, route.method)
+        self._parameters = list(_parameters(type(layer), route.method))
+        vars(layer)[route.method] = self  # past Keras, which would track it
+
+    def uninstall(self) -> None:
+        """Give the layer its own method back."""
+        del vars(self.layer)[self.route.method]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own method, or inside a step the route."""
+        if local.step is None:
+            return self.original(*args, **kwargs)
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs
+        return self.route.serve(self.layer, self.original, given)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _own(memo[id(self.layer)], self.route.method)
+
+    def __reduce__(self) -> Any:
+        return _own, (self.layer, self.route.method)
+
+
+class Routes:
+    """The routed layers of one model.
+
+    Args:
+        model: any Keras model or layer.
+
+    Raises:
+        InvalidInput: a layer that cannot be served exactly, by name.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.methods: list[RoutedMethod] = []
+        found = list(_routes_in(model))
+        for layer, route in found:
+            reason = route.refuse(layer)
+            if reason:
+                raise InvalidInput(f"layer {here(layer)} cannot be served from a cache exactly: {reason}")
+        self.attends = any(route.attends for _, route in found)
+        self.methods = [RoutedMethod(layer, route) for layer, route in found]
+
+    def uninstall(self) -> None:
+        """Give every layer its own methods back."""
+        for method in self.methods:
+            method.uninstall()
+        self.methods = []
+
+
+def here(layer: Any) -> str:
+    """A layer's name and class, for messages."""
+    return f"{getattr(layer, 'path', None) or layer.name!r} ({type(layer).__name__})"
+
+
+def is_routed(layer: Any) -> bool:
+    """Whether the layer's class has a route."""
+    return _route_of(type(layer)) is not None
+
+
+def positions_like(x: _Tensor) -> _Tensor:
+    """int32 [B, T]: the positions of x [B, T, ...]."""
+    return positions(x.shape[1] if x.shape[1] is not None else ops.shape(x)[1])
+
+
+# ---- Keras's own attention layers --------------------------------------------------------------------
+
+
+def _check_self_attention(layer: Any, given: Mapping[str, Any]) -> None:
+    """Raise unless the call is causal self-attention and nothing else."""
+    query = given["query"]
+    reason = None
+    if any(other is not None and other is not query for other in (given["value"], given.get("key"))):
+        reason = "its query is not also its key and value (cross-attention)"
+    elif not given.get("use_causal_mask"):
+        reason = "it is called without use_causal_mask=True, so that tokens see what comes after them"
+    elif given.get("return_attention_scores"):
+        reason = "it is asked for its attention scores"
+    elif _masked(given):
+        reason = "it is given a mask besides the causal one"
+    if reason:
+        raise InvalidInput(f"layer {here(layer)} cannot be served from a cache exactly: {reason}")
+
+
+def _masked(given: Mapping[str, Any]) -> bool:
+    names = ("attention_mask", "query_mask", "value_mask", "key_mask")
+    return any(given.get(name) is not None for name in names) or hasattr(given["query"], "_keras_mask")
+
+
+def _serve_multi_head(layer: Any, original: Callable[..., Any], given: dict[str, Any]) -> _Tensor:
+    _check_self_attention(layer, given)
+    x = given["query"]
+    y = attention(
+        layer._query_dense(x),
+        layer._key_dense(x),
+        layer._value_dense(x),
+        window=layer._sliding_window,
+        scale=layer._inverse_sqrt_key_dim,
+    )
+    return layer._output_dense(y * layer._gate_dense(x) if layer._use_gate else y)
+
+
+def _serve_grouped_query(layer: Any, original: Callable[..., Any], given: dict[str, Any]) -> _Tensor:
+    _check_self_attention(layer, given)
+    x = given["query"]
+    y = attention(
+        layer._query_dense(x),
+        layer._key_dense(x),
+        layer._value_dense(x),
+        window=layer.sliding_window,
+        scale=layer._inverse_sqrt_head_dim,
+    )
+    return layer._output_dense(y * layer._gate_dense(x) if layer.use_gate else y)
+
+
+def _refuse_other_axes(layer: Any) -> str | None:
+    axes = layer._attention_axes
+    return None if axes in (None, (1,)) else f"it attends over axes {axes}, not over tokens"
+
+
+_KERAS = {
+    keras.layers.MultiHeadAttention: Route(_serve_multi_head, refuse=_refuse_other_axes),
+    keras.layers.GroupQueryAttention: Route(_serve_grouped_query),
+}
+
+
+# ---- finding them ------------------------------------------------------------------------------------
+
+
+def _routes_in(model: Any) -> Iterator[tuple[Any, Route]]:
+    """Every layer of the model that has a route."""
+    if not hasattr(model, "_flatten_layers"):
+        return
+    for layer in model._flatten_layers():
+        route = _route_of(type(layer))
+        if route is not None:
+            yield layer, route
+
+
+def _route_of(kind: type) -> Route | None:
+    """The route of a layer class: its own, or that of a base class whose computation it has not changed."""
+    for base in kind.__mro__:
+        route = _KERAS.get(base) or _hub_route(base)
+        if route is not None:
+            same = all(getattr(kind, name, None) is getattr(base, name, None) for name in ("call", route.method))
+            return route if same else None
+    return None
+
+
+def _hub_route(base: type) -> Route | None:
+    if not base.__module__.startswith("keras_hub."):
+        return None
+    from kvcache_keras.hub_layers import ROUTES
+
+    return ROUTES.get(base.__name__)
+
+
+def _parameters(kind: type, method: str) -> Iterator[str]:
+    """Names of a method's parameters, without self."""
+    code = getattr(kind, method).__code__
+    yield from code.co_varnames[1 : code.co_argcount]
+
+
+def _own(layer: Any, method: str) -> Any:
+    return types.MethodType(getattr(type(layer), method), layer)
