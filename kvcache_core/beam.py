@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvcache_core.cache import token_array
 from kvcache_core.decoder import Decoder
-from kvcache_core.generation import GenerateOptions
+from kvcache_core.options import GenerateOptions
 from kvcache_core.sampling import log_softmax
 
 __all__ = ["beam_search"]
@@ -47,28 +47,31 @@ def beam_search(decoder: Decoder, prompts: Sequence[Sequence[int]], options: Gen
     Raises:
         InvalidInput, CacheFull: as :func:`~kvcache_core.generation.generate_tokens`.
     """
-    results = []
-    for at, prompt in enumerate(prompts):
-        tokens = list(token_array(prompt, f"prompt {at}"))
-        decoder.check_fits(len(tokens), options.max_new_tokens, 2 * options.num_beams)
-        results.append(tokens)
+    limits = options.limits(len(prompts))
+    checked = [list(token_array(prompt, f"prompt {at}")) for at, prompt in enumerate(prompts)]
+    for tokens, limit in zip(checked, limits, strict=True):
+        decoder.check_fits(len(tokens), limit, 2 * options.num_beams)
     found: list[list[int]] = []
-    for tokens in results:
-        search = _Search([_Beam(decoder.open(tokens, options.max_new_tokens), [], 0.0)])
+    for tokens, limit in zip(checked, limits, strict=True):
+        search = _Search([_Beam(decoder.open(tokens, limit), [], 0.0)])
         try:
-            _run(decoder, tokens, search, options)
+            _run(decoder, tokens, search, options, limit)
         finally:
             search.close()
         found += [new for _, new in search.finished[: options.n]]
     return found
 
 
-def _run(decoder: Decoder, tokens: list[int], search: _Search, options: GenerateOptions) -> None:
-    pending = [tokens[search.beams[0].seq.num_cached :]]
-    for length in range(1, options.max_new_tokens + 1):
+def _run(decoder: Decoder, tokens: list[int], search: _Search, options: GenerateOptions, limit: int) -> None:
+    seq = search.beams[0].seq
+    chunk = options.prefill_chunk if decoder.cached else None
+    while chunk is not None and len(tokens) - seq.length > chunk:
+        decoder.step_greedy([seq], [tokens[seq.length : seq.length + chunk]])
+    pending = [tokens[seq.length :]]
+    for length in range(1, limit + 1):
         logits = decoder.step([beam.seq for beam in search.beams], pending)
         candidates = _candidates(search.beams, log_softmax(logits), 2 * options.num_beams)
-        last = length == options.max_new_tokens
+        last = length == limit
         _advance(search, candidates, length, options, last)
         if last or not search.beams or _done(search, length, options):
             return

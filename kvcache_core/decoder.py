@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcache_core.errors import CacheFull
+from kvcache_core.errors import CacheFull, UsageError
 from kvcache_core.frontend import FrontendCache
 from kvcache_core.sequence import Sequence as CachedSequence
 from kvcache_core.types import TokenIds
@@ -20,9 +20,13 @@ class RunningSequence(Protocol):
     """What generation needs of a sequence."""
 
     num_cached: int
+    length: int
 
     def fork(self) -> Any:
         """A second sequence with the same past."""
+
+    def truncate(self, length: int) -> None:
+        """Forget every token from position ``length`` on."""
 
     def close(self) -> None:
         """Give its room back."""
@@ -30,6 +34,9 @@ class RunningSequence(Protocol):
 
 class Decoder(Protocol):
     """What generation needs of a model: each adapter makes one from its cache."""
+
+    cached: bool
+    """Whether sequences keep their state: only then do chunks and drafts save anything."""
 
     def open(self, tokens: Sequence[int], max_new_tokens: int) -> Any:
         """A sequence that has ``num_cached`` of ``tokens`` already."""
@@ -45,8 +52,31 @@ class Decoder(Protocol):
     ) -> NDArray[np.int64]:
         """Greedy tokens [B, n], 1 <= n <= count; stops behind the step in which a row chose one of ``eos_ids``."""
 
-    def fits(self, running: Sequence[tuple[int, int]]) -> bool:
-        """Whether rows of (prompt tokens, new tokens) can run together."""
+    def step_all(self, seqs: Sequence[Any], tokens: Sequence[Sequence[int]]) -> Sequence[NDArray[Any]]:
+        """As :meth:`step`, with the logits behind each new token: per row [T, V]."""
+
+    def step_greedy_all(self, seqs: Sequence[Any], tokens: Sequence[Sequence[int]]) -> Sequence[NDArray[np.int64]]:
+        """As :meth:`step_greedy`, behind each new token: per row [T]."""
+
+    def step_scores(
+        self, seqs: Sequence[Any], tokens: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
+    ) -> Sequence[tuple[NDArray[np.float64], NDArray[np.int64]]]:
+        """Append tokens; per row the log-probability of each target, and the most likely token in its place.
+
+        A row's targets stand behind its last new tokens, as many as there are targets.
+        """
+
+    def check_tokens(self, tokens: Sequence[int]) -> None:
+        """Raise InvalidInput for ids that the model does not have."""
+
+    def fits(self, running: Sequence[tuple[Any, int]], prompt: tuple[int, int, int], shared: int) -> bool:
+        """Whether a prompt has room beside running rows.
+
+        Args:
+            running: (sequence, tokens it will have at most) of each row.
+            prompt: (tokens, new tokens, continuations).
+            shared: leading tokens of the prompt that a running row holds.
+        """
 
     def check_fits(self, prompt: int, new: int, copies: int) -> None:
         """Raise CacheFull if a prompt with ``copies`` continuations cannot run even alone."""
@@ -57,6 +87,8 @@ class Decoder(Protocol):
 
 class CacheDecoder:
     """Generation's view of a cache (:class:`Decoder`)."""
+
+    cached = True
 
     def __init__(self, cache: FrontendCache) -> None:
         self._cache = cache
@@ -84,13 +116,47 @@ class CacheDecoder:
         """How many leading tokens are in the cache now."""
         return self._cache.core.cached_length(tokens, self._cache.salt)
 
-    def fits(self, running: Sequence[tuple[int, int]]) -> bool:
-        """Whether rows of (prompt tokens, new tokens) fit, if they share nothing."""
-        return self._needed(running) <= self._cache.core.num_blocks
+    def step_all(self, seqs: Sequence[CachedSequence], tokens: Sequence[TokenIds]) -> list[NDArray[Any]]:
+        """Logits behind each new token, per row [T, V]."""
+        return self._cache.step_all(seqs, tokens)
+
+    def step_greedy_all(self, seqs: Sequence[CachedSequence], tokens: Sequence[TokenIds]) -> list[NDArray[np.int64]]:
+        """The most likely token behind each new token, per row [T]."""
+        return self._cache.step_greedy_all(seqs, tokens)
+
+    def step_scores(
+        self, seqs: Sequence[CachedSequence], tokens: Sequence[TokenIds], targets: Sequence[Sequence[int]]
+    ) -> list[tuple[NDArray[np.float64], NDArray[np.int64]]]:
+        """Log-probabilities of the targets, and the most likely tokens."""
+        return self._cache.step_scores(seqs, tokens, targets)
+
+    def check_tokens(self, tokens: Sequence[int]) -> None:
+        """Raise InvalidInput for ids that the model's embedding does not have."""
+        self._cache.check_vocabulary(tokens)
+
+    def fits(self, running: Sequence[tuple[CachedSequence, int]], prompt: tuple[int, int, int], shared: int) -> bool:
+        """Whether a prompt has room: blocks that are free or evictable, less what running rows will still take."""
+        length, new, copies = prompt
+        core = self._cache.core
+        with core.lock:
+            for number, group in enumerate(core.groups):
+                if group.kind == "output":
+                    continue
+                needed = self._blocks(self._kept(length, new, group.window)) + self._forks(new, copies)
+                needed -= shared // self._block_size if group.window is None else 0
+                for seq, longest in running:
+                    held = len(seq.tables[number]) - seq.dropped[number]
+                    # One more: a shared last block is copied when it is written.
+                    needed += max(0, self._blocks(self._kept(longest, 0, group.window)) - held) + 1
+                if needed > group.pool.num_available:
+                    return False
+        return True
 
     def check_fits(self, prompt: int, new: int, copies: int) -> None:
         """Raise CacheFull if the prompt cannot run even alone."""
-        needed = self._needed([(prompt, new)]) + (copies - 1) * (self._blocks(new) + 1)
+        groups = [group for group in self._cache.core.groups if group.kind != "output"]
+        needed = max(self._blocks(self._kept(prompt, new, group.window)) for group in groups)
+        needed += self._forks(new, copies)
         capacity = self._cache.core.num_blocks
         if needed > capacity:
             raise CacheFull(
@@ -102,10 +168,9 @@ class CacheDecoder:
                 capacity=capacity,
             )
 
-    def _needed(self, rows: Sequence[tuple[int, int]]) -> int:
-        """Blocks in the layer group that needs most."""
-        groups = [group for group in self._cache.core.groups if group.kind != "output"]
-        return max(sum(self._blocks(self._kept(*row, group.window)) for row in rows) for group in groups)
+    def _forks(self, new: int, copies: int) -> int:
+        """Blocks that further continuations add: their own tokens, and a copy of the prompt's last block."""
+        return (copies - 1) * (self._blocks(new) + 1)
 
     def _kept(self, prompt: int, new: int, window: int | None) -> int:
         """Tokens a row holds at most: all, or its prompt and then its window."""
@@ -121,10 +186,18 @@ class RecomputeDecoder:
 
     Args:
         forward: ragged rows of token ids -> logits [B, V] behind each row's last token.
+        scores: ragged rows and their targets -> what :meth:`step_scores` returns; needed for scoring alone.
     """
 
-    def __init__(self, forward: Callable[[list[list[int]]], NDArray[Any]]) -> None:
+    cached = False
+
+    def __init__(
+        self,
+        forward: Callable[[list[list[int]]], NDArray[Any]],
+        scores: Callable[[list[list[int]], Sequence[Sequence[int]]], Any] | None = None,
+    ) -> None:
         self._forward = forward
+        self._scores = scores
 
     def open(self, tokens: Sequence[int], max_new_tokens: int) -> _PlainSequence:
         """A sequence that starts empty."""
@@ -147,7 +220,33 @@ class RecomputeDecoder:
         """One step: nothing is saved by several."""
         return self.step_greedy(seqs, tokens)[:, None]
 
-    def fits(self, running: Sequence[tuple[int, int]]) -> bool:
+    def step_all(self, seqs: Sequence[_PlainSequence], tokens: Sequence[Sequence[int]]) -> list[NDArray[Any]]:
+        """Logits behind each new token, per row [T, V]: one step per token."""
+        rows = [[self.step([seq], [[token]])[0] for token in new] for seq, new in zip(seqs, tokens, strict=True)]
+        return [np.stack(row) for row in rows]
+
+    def step_greedy_all(
+        self, seqs: Sequence[_PlainSequence], tokens: Sequence[Sequence[int]]
+    ) -> list[NDArray[np.int64]]:
+        """The most likely token behind each new token, per row [T]."""
+        return [row.argmax(axis=-1) for row in self.step_all(seqs, tokens)]
+
+    def step_scores(
+        self, seqs: Sequence[_PlainSequence], tokens: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
+    ) -> Sequence[tuple[NDArray[np.float64], NDArray[np.int64]]]:
+        """Log-probabilities of the targets and the most likely tokens, every row recomputed."""
+        if self._scores is None:
+            raise UsageError("this decoder was made without `scores`: give a function for it to score without a cache")
+        for seq, new in zip(seqs, tokens, strict=True):
+            seq.tokens += new
+        found: Sequence[tuple[NDArray[np.float64], NDArray[np.int64]]]
+        found = self._scores([seq.tokens for seq in seqs], targets)
+        return found
+
+    def check_tokens(self, tokens: Sequence[int]) -> None:
+        """Nothing to check: the model says so itself."""
+
+    def fits(self, running: Sequence[tuple[Any, int]], prompt: tuple[int, int, int], shared: int) -> bool:
         """Always: nothing is kept."""
         return True
 
@@ -166,6 +265,13 @@ class _PlainSequence:
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    def truncate(self, length: int) -> None:
+        del self.tokens[length:]
 
     def fork(self) -> _PlainSequence:
         return _PlainSequence(list(self.tokens))

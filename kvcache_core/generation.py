@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,176 +11,212 @@ import numpy as np
 from kvcache_core.cache import token_array
 from kvcache_core.decoder import Decoder
 from kvcache_core.errors import InvalidInput
-from kvcache_core.sampling import Sampling, pick
+from kvcache_core.options import GenerateOptions
+from kvcache_core.sampling import pick
+from kvcache_core.scheduling import Job, PromptQueue
+from kvcache_core.speculation import Drafter, worth_verifying
 
-__all__ = ["GenerateOptions", "generate_tokens", "stream_tokens"]
+__all__ = ["generate_tokens", "stream_tokens"]
 
-
-_WORTH_A_WAVE = 32
-"""Tokens of shared prefix for which a prompt waits: a further wave reads all weights once more, which costs
-about as much as computing some tens of tokens."""
 _STEPS_AT_ONCE = 32
 """Greedy tokens that the decoder is asked for at once."""
 
-
-@dataclass(frozen=True, slots=True)
-class GenerateOptions:
-    """What to generate.
-
-    Args:
-        max_new_tokens: tokens per continuation, at most.
-        eos_id: stop behind this token (it is kept); several may be given.
-        sampling: how a token is chosen.
-        n: continuations per prompt; the prompt is computed once.
-        num_beams: 1, or the number of beams of a beam search.
-        length_penalty: a finished beam's score is its log-probability / length ** length_penalty.
-    """
-
-    max_new_tokens: int
-    eos_id: int | Sequence[int] | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-    n: int = 1
-    num_beams: int = 1
-    length_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "n", "num_beams"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise InvalidInput(f"{name} must be a whole number, at least 1; got {value!r}")
-        if self.num_beams > 1 and self.sampling.temperature:
-            raise InvalidInput("beam search takes no temperature: set temperature=0 or num_beams=1")
-        if self.n > 1 and 1 < self.num_beams < self.n:
-            raise InvalidInput(f"n={self.n} continuations need at least as many beams, got {self.num_beams}")
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        """The tokens that end a row."""
-        if self.eos_id is None:
-            return frozenset()
-        return frozenset([self.eos_id] if isinstance(self.eos_id, (int, np.integer)) else self.eos_id)
+_STEPS_TO_NEXT_DRAFT = 4
+"""The same while rows look for something to draft."""
 
 
 @dataclass(slots=True)
 class _Row:
-    """One continuation that is running."""
+    """One continuation that is running.
 
-    prompt: int
+    Attributes:
+        pending: tokens of the row that its sequence does not hold yet; the last one generated is always there.
+    """
+
+    job: Job
     seq: Any
     random: np.random.Generator
     new: list[int]
+    pending: list[int]
+    drafter: Drafter | None = None
+
+    @property
+    def left(self) -> int:
+        """Tokens it may still get."""
+        return self.job.new - len(self.new)
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Tokens that were chosen, the last of which is not in the sequence yet."""
+        self.new += tokens
+        self.pending = [tokens[-1]]
+        if self.drafter is not None:
+            self.drafter.extend(tokens)
 
 
 def generate_tokens(decoder: Decoder, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> list[list[int]]:
     """Continue each prompt; returns the new tokens, ``options.n`` lists per prompt, prompt by prompt.
 
-    Rows are ragged, never padded with tokens. Prompts that share a prefix are computed in waves, so that
-    the shared part is computed once. Rows that end make room for prompts that wait.
+    Continuous batching: rows are ragged and leave when they end; a prompt joins as soon as there is room. Prompts are
+    computed in chunks, a prefix that they share once. Rows that run already take a step between two chunks.
 
     Raises:
         InvalidInput: an empty prompt or a token that is no integer.
         CacheFull: a prompt that cannot run even alone; raised before anything is computed.
     """
     checked = [list(token_array(prompt, f"prompt {at}")) for at, prompt in enumerate(prompts)]
-    for prompt in checked:
-        decoder.check_fits(len(prompt), options.max_new_tokens, options.n)
-    results: list[list[list[int]]] = [[] for _ in checked]
-    waiting = deque(range(len(checked)))
-    running: list[_Row] = []
+    limits = options.limits(len(checked))
+    jobs = [Job(at, tokens, limits[at], options.n) for at, tokens in enumerate(checked)]
+    batch = _Batch(decoder, PromptQueue(decoder, jobs, options.prefill_chunk), options)
     try:
-        while waiting or running:
-            while wave := _next_wave(decoder, checked, waiting, running, options):
-                running += _prefill(decoder, checked, wave, options, results)
-            running = [row for row in running if not _finished(row, options)]
-            if running:
-                _advance(decoder, running, options)
+        batch.run()
     finally:
-        for row in running:
-            row.seq.close()
-    return [tokens for per_prompt in results for tokens in per_prompt]
+        batch.close()
+    return [batch.results[at, sample] for at in range(len(checked)) for sample in range(options.n)]
 
 
-def _next_wave(
-    decoder: Decoder,
-    prompts: Sequence[list[int]],
-    waiting: deque[int],
-    running: Sequence[_Row],
-    options: GenerateOptions,
-) -> list[int]:
-    """Prompts to compute now: what fits, without those that another one of the wave computes a prefix for."""
-    wave: list[int] = []
-    deferred: list[int] = []
-    room = [(len(prompts[row.prompt]), options.max_new_tokens) for row in running]
-    while waiting:
-        at = waiting[0]
-        room += [(len(prompts[at]), options.max_new_tokens)] * options.n
-        if (running or wave) and not decoder.fits(room):
-            break
-        waiting.popleft()
-        shared = max((_common(prompts[at], prompts[other]) for other in wave), default=0)
-        gain = min(shared, len(prompts[at]) - 1) - decoder.cached_length(prompts[at])
-        if gain >= _WORTH_A_WAVE:
-            deferred.append(at)
-            del room[-options.n :]
+class _Batch:
+    """The rows of one :func:`generate_tokens`: computed, running, ended."""
+
+    def __init__(self, decoder: Decoder, queue: PromptQueue, options: GenerateOptions) -> None:
+        self._decoder = decoder
+        self._queue = queue
+        self._options = options
+        self._greedy = not options.sampling.temperature
+        self._speculation = options.speculation if decoder.cached else None
+        self._rows: list[_Row] = []
+        self._joining: list[_Row] = []
+        self.results: dict[tuple[int, int], list[int]] = {}
+
+    def run(self) -> None:
+        """Until every row has ended."""
+        queue = self._queue
+        while queue.waiting or queue.computing or self._joining or self._rows:
+            self._turn(_STEPS_AT_ONCE)
+
+    def stream(self) -> Iterator[int]:
+        """The tokens of the only row, as they come."""
+        given = 0
+        while self._queue.waiting or self._queue.computing or self._joining or self._rows:
+            self._turn(1)
+            new = self.results.get((0, 0), [])
+            yield from new[given:]
+            given = len(new)
+
+    def _turn(self, steps: int) -> None:
+        """A chunk of the prompts that can be computed, and then a step of the rows that ran before."""
+        queue = self._queue
+        queue.admit([(row.job, row.seq) for row in (*self._rows, *self._joining)])
+        if queue.computing:
+            for job, found in queue.step(greedy=self._greedy):
+                self._join(job, found)
+            self._joining = self._running(self._joining)
         else:
-            wave.append(at)
-    waiting.extendleft(reversed(deferred))
-    return wave
+            # Rows whose prompts were computed together start together: a larger batch costs little more.
+            self._rows += self._joining
+            self._joining = []
+        if self._rows:
+            self._advance(1 if queue.computing else steps)
+            self._rows = self._running(self._rows)
 
+    def close(self) -> None:
+        """Close whatever an error has left open."""
+        self._queue.close()
+        for row in (*self._rows, *self._joining):
+            row.seq.close()
+        self._rows, self._joining = [], []
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common head."""
-    length = min(len(one), len(other))
-    differing = np.flatnonzero(np.asarray(one[:length]) != np.asarray(other[:length]))
-    return int(differing[0]) if len(differing) else length
+    def _join(self, job: Job, found: Any) -> None:
+        """A prompt is complete: choose the first token of each of its continuations."""
+        seqs = [job.seq]
+        try:
+            seqs += [job.seq.fork() for _ in range(self._options.n - 1)]
+            self._joining += [self._start(job, sample, seq, found) for sample, seq in enumerate(seqs)]
+        except BaseException:
+            for seq in seqs:
+                seq.close()
+            raise
 
+    def _start(self, job: Job, sample: int, seq: Any, found: Any) -> _Row:
+        """The row of one continuation, with its first token."""
+        random = self._options.sampling.generator(job.at * self._options.n + sample)
+        token = int(found) if self._greedy else pick(found, self._options.sampling, random)
+        row = _Row(job, seq, random, [token], [token])
+        if self._speculation is not None:
+            row.drafter = Drafter([*job.tokens, token], self._speculation)
+        self.results[job.at, sample] = row.new
+        return row
 
-def _prefill(
-    decoder: Decoder,
-    prompts: Sequence[list[int]],
-    wave: Sequence[int],
-    options: GenerateOptions,
-    results: list[list[list[int]]],
-) -> list[_Row]:
-    """Compute the prompts of one wave and choose each continuation's first token."""
-    seqs: list[Any] = []
-    try:
-        seqs.extend(decoder.open(prompts[at], options.max_new_tokens) for at in wave)
-        tokens = [prompts[at][seq.num_cached :] for at, seq in zip(wave, seqs, strict=True)]
-        logits = decoder.step(seqs, tokens)
-        rows: list[_Row] = []
-        for at, seq, scores in zip(wave, list(seqs), logits, strict=True):
-            forks = [seq.fork() for _ in range(options.n - 1)]
-            seqs += forks
-            for sample, own in enumerate([seq, *forks]):
-                random = options.sampling.generator(at * options.n + sample)
-                rows.append(_Row(at, own, random, [pick(scores, options.sampling, random)]))
-    except BaseException:
-        for seq in seqs:
-            seq.close()
-        raise
-    for row in rows:
-        results[row.prompt].append(row.new)
-    return rows
+    def _running(self, rows: list[_Row]) -> list[_Row]:
+        """Close the rows that have ended; returns the others."""
+        running = []
+        for row in rows:
+            if row.new[-1] in self._options.eos_ids or not row.left:
+                row.seq.close()
+            else:
+                running.append(row)
+        return running
 
+    def _advance(self, steps: int) -> None:
+        """At least one further token for every row; up to ``steps`` when nothing has to be decided in between."""
+        rows = self._rows
+        drafters = [row.drafter for row in rows if row.drafter is not None]
+        if drafters:
+            drafts = [drafter.draft(row.left - 1) for row, drafter in zip(rows, drafters, strict=True)]
+            if worth_verifying(drafts, [drafter.rate for drafter in drafters]):
+                self._verify(drafts)
+                return
+            if any(drafter.hopeful for drafter in drafters):
+                steps = min(steps, _STEPS_TO_NEXT_DRAFT)
+        seqs, pending = [row.seq for row in rows], [row.pending for row in rows]
+        if self._greedy:
+            count = min(steps, *(row.left for row in rows))
+            found = self._decoder.decode_greedy(seqs, pending, count, self._options.eos_ids)
+            for row, tokens in zip(rows, found, strict=True):
+                row.append(tokens.tolist())
+        else:
+            for row, scores in zip(rows, self._decoder.step(seqs, pending), strict=True):
+                row.append([pick(scores, self._options.sampling, row.random)])
 
-def _advance(decoder: Decoder, running: Sequence[_Row], options: GenerateOptions) -> None:
-    """At least one further token for every row. Several when greedy: nobody can join before a row ends."""
-    seqs, last = [row.seq for row in running], [[row.new[-1]] for row in running]
-    if options.sampling.temperature:
-        for row, scores in zip(running, decoder.step(seqs, last), strict=True):
-            row.new.append(pick(scores, options.sampling, row.random))
-        return
-    count = min(_STEPS_AT_ONCE, *(options.max_new_tokens - len(row.new) for row in running))
-    for row, chosen in zip(running, decoder.decode_greedy(seqs, last, count, options.eos_ids), strict=True):
-        row.new += chosen.tolist()
+    def _verify(self, drafts: Sequence[list[int]]) -> None:
+        """One step over every row's draft; what the model would not have chosen is taken back."""
+        rows = self._rows
+        run = self._decoder.step_greedy_all if self._greedy else self._decoder.step_all
+        found = run([row.seq for row in rows], [row.pending + draft for row, draft in zip(rows, drafts, strict=True)])
+        for row, draft, all_scores in zip(rows, drafts, found, strict=True):
+            tokens = self._accept(row, draft, all_scores[len(row.pending) - 1 :])
+            if row.drafter is not None:
+                row.drafter.learn(len(draft), len(tokens) - 1)
+            row.append(tokens)
+            self._take_back(row, len(draft) - len(tokens) + 1)
 
+    def _accept(self, row: _Row, draft: Sequence[int], found: Any) -> list[int]:
+        """The tokens that plain decoding would have chosen, up to the first that was not drafted.
 
-def _finished(row: _Row, options: GenerateOptions) -> bool:
-    if row.new[-1] in options.eos_ids or len(row.new) >= options.max_new_tokens:
-        row.seq.close()
-        return True
-    return False
+        Args:
+            row: the row; a sampled token takes one number of its random stream, as in plain decoding.
+            draft: the drafted tokens.
+            found: greedy tokens [draft + 1], or logits [draft + 1, V] when sampling.
+        """
+        chosen: list[int] = []
+        for at, scores in enumerate(found):
+            token = int(scores) if self._greedy else pick(scores, self._options.sampling, row.random)
+            chosen.append(token)
+            if at == len(draft) or token != draft[at] or token in self._options.eos_ids:
+                break
+        return chosen
+
+    def _take_back(self, row: _Row, count: int) -> None:
+        """Forget the last ``count`` tokens of the row's sequence."""
+        if not count:
+            return
+        try:
+            row.seq.truncate(row.seq.length - count)
+        except InvalidInput:
+            # A window layer has lost what it would see again: start anew from what is cached.
+            row.seq.close()
+            tokens = [*row.job.tokens, *row.new]
+            row.seq = self._decoder.open(tokens[:-1], row.left)
+            row.pending = tokens[row.seq.length :]
 
 
 def stream_tokens(decoder: Decoder, prompt: Sequence[int], options: GenerateOptions) -> Iterator[int]:
@@ -193,19 +228,8 @@ def stream_tokens(decoder: Decoder, prompt: Sequence[int], options: GenerateOpti
     if options.n != 1 or options.num_beams != 1:
         raise InvalidInput("streaming gives one continuation: n and num_beams must be 1")
     tokens = list(token_array(prompt, "the prompt"))
-    decoder.check_fits(len(tokens), options.max_new_tokens, 1)
-    random = options.sampling.generator(0)
-    seq = decoder.open(tokens, options.max_new_tokens)
+    batch = _Batch(decoder, PromptQueue(decoder, [Job(0, tokens, *options.limits(1))], options.prefill_chunk), options)
     try:
-        new = tokens[seq.num_cached :]
-        for _ in range(options.max_new_tokens):
-            if options.sampling.temperature:
-                token = pick(decoder.step([seq], [new])[0], options.sampling, random)
-            else:
-                token = int(decoder.step_greedy([seq], [new])[0])
-            yield token
-            if token in options.eos_ids:
-                return
-            new = [token]
+        yield from batch.stream()
     finally:
-        seq.close()
+        batch.close()

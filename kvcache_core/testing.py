@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from kvcache_core.decoder import CacheDecoder, RecomputeDecoder
 from kvcache_core.errors import InvalidInput
 from kvcache_core.frontend import FrontendCache
-from kvcache_core.generation import GenerateOptions, generate_tokens
+from kvcache_core.generation import generate_tokens
+from kvcache_core.options import GenerateOptions
 
 __all__ = ["CacheReport", "assert_cached_equals_recompute"]
 

@@ -3,7 +3,7 @@
 from kvcache_keras import _backend as _backend
 from kvcache_keras.attention import attention, positions, select_outputs
 from kvcache_keras.cache import KVCache
-from kvcache_keras.generate import generate, stream
+from kvcache_keras.generate import generate, score, stream
 from kvcache_keras.layers import CachedAttention, PositionIds
 from kvcache_keras.store import TensorStore
 
@@ -15,6 +15,7 @@ __all__ = [
     "attention",
     "generate",
     "positions",
+    "score",
     "select_outputs",
     "stream",
 ]

@@ -152,6 +152,20 @@ class KVCache(FrontendCache):
             chosen: NDArray[Any] = tf.argmax(self.runner.run(plan)[:, 0], axis=-1).numpy()
         return chosen
 
+    def _run_all(self, plan: StepPlan) -> NDArray[Any]:
+        with not_recording():
+            return to_numpy(self.runner.run_every(plan, "logits"))
+
+    def _run_greedy_all(self, plan: StepPlan) -> NDArray[Any]:
+        with not_recording():
+            chosen: NDArray[Any] = self.runner.run_every(plan, "greedy").numpy()
+        return chosen
+
+    def _run_scores(self, plan: StepPlan, targets: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        with not_recording():
+            scores, chosen = self.runner.run_every(plan, "scores", targets)
+        return scores.numpy(), chosen.numpy()
+
 
 def _vocab_size(model: Any, output: _Tensor) -> int | None:
     """The number of token ids: what the first lookup of an absurd id says (on a CPU it fails), or the embedding

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ __all__ = [
     "model_input",
     "place",
     "recompute_of",
+    "recompute_scores_of",
     "takes_token_dict",
     "to_numpy",
 ]
@@ -57,13 +59,18 @@ class StepRunner:
         self.copy(plan)
         return self.function("outputs")(slots, *pack(plan, self._store))
 
+    def run_every(self, plan: StepPlan, name: str, *inputs: NDArray[Any]) -> Any:
+        """What is wanted behind every new token: ``"logits"``, ``"greedy"`` tokens, or ``"scores"`` of targets."""
+        self.copy(plan)
+        return self.function(name)(*inputs, *pack(plan, self._store))
+
     def copy(self, plan: StepPlan) -> None:
         """Do the copies a plan asks for."""
         for number, group in enumerate(plan.groups):
             self._store.copy_blocks(number, group.copies)
 
     def function(self, name: str) -> Any:
-        """The graph ``"prefill"``, ``"decode"`` or ``"outputs"``; may be called in another graph."""
+        """The graph of that name; may be called in another graph."""
         if name not in self._functions:
             with tf.init_scope():
                 self._functions[name] = self._make(name)
@@ -71,6 +78,16 @@ class StepRunner:
 
     def _make(self, name: str) -> Any:
         size = self._store.layout.block_size
+        if name in _EVERY:
+
+            def run_every(*inputs: _Tensor) -> _Tensor:
+                self.traces[name] += 1
+                extra, packed = inputs[: len(specs)], inputs[len(specs) :]
+                return finish(self._run_model(Step(self._store, self._dtype, packed, last_only=False)), *extra)
+
+            finish, specs = _EVERY[name]
+            spec = [*specs, *signature(self._attention_groups, size, None)]
+            return tf.function(run_every, input_signature=spec, autograph=False)
         if name == "outputs":
 
             def run_all(slots: _Tensor, *packed: _Tensor) -> _Tensor:
@@ -105,6 +122,23 @@ class StepRunner:
         # Padding reads a slot of the null block, which step.write has just set to zero.
         stored = tf.gather_nd(array, tf.stack((slots // size, slots % size), axis=-1))
         return reshape(stored, (*dimensions(slots), *output.shape[2:]))
+
+
+def target_scores(logits: _Tensor, targets: _Tensor) -> tuple[_Tensor, _Tensor]:
+    """Log-probabilities [B, T] of targets under logits [B, T, V], float64, and the most likely tokens."""
+    if logits.dtype in (tf.bfloat16, tf.float16):
+        logits = tf.cast(logits, tf.float32)
+    found = tf.gather(logits, targets, axis=2, batch_dims=2)
+    scores = tf.cast(found, tf.float64) - tf.cast(tf.reduce_logsumexp(logits, axis=-1), tf.float64)
+    return scores, tf.argmax(logits, axis=-1)
+
+
+# What is made of the logits [B, T, V] behind every new token, and of which inputs besides.
+_EVERY: dict[str, tuple[Any, list[tf.TensorSpec]]] = {
+    "logits": (lambda logits: logits, []),
+    "greedy": (lambda logits: tf.argmax(logits, axis=-1), []),
+    "scores": (target_scores, [tf.TensorSpec([None, None], tf.int64)]),
+}
 
 
 def last_of(output: _Tensor, last: _Tensor) -> _Tensor:
@@ -174,6 +208,37 @@ class Recompute:
         return to_numpy(self._function(tokens, lengths - 1))
 
 
+class RecomputeScores:
+    """Scores targets behind whole rows without a cache, in one graph for all shapes."""
+
+    def __init__(self, model: Any) -> None:
+        reference = weakref.ref(model)
+
+        def run(tokens: _Tensor, targets: _Tensor) -> Any:
+            step = _Uncached(tf.range(tf.shape(tokens)[1])[None], None)
+            step.last_only = False
+            model = reference()
+            with stepping(step):
+                output = model(model_input(model, tokens), training=False)  # type: ignore[misc]
+            return target_scores(output, targets)
+
+        spec = [tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None, None], tf.int64)]
+        self._function = tf.function(run, input_signature=spec, autograph=False)
+
+    def __call__(
+        self, rows: list[list[int]], targets: Sequence[Sequence[int]]
+    ) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+        """Per row, log-probabilities of the targets behind its last tokens, and the most likely tokens."""
+        tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+        wanted = np.zeros(tokens.shape, np.int64)
+        for at, (row, behind) in enumerate(zip(rows, targets, strict=True)):
+            tokens[at, : len(row)] = row
+            wanted[at, len(row) - len(behind) : len(row)] = behind
+        scores, chosen = (found.numpy() for found in self._function(tokens, wanted))
+        parts = [slice(len(row) - len(behind), len(row)) for row, behind in zip(rows, targets, strict=True)]
+        return [(scores[at, part], chosen[at, part]) for at, part in enumerate(parts)]
+
+
 def build(model: Any) -> None:
     """Make the model's variables by a first call on one token: Keras runs parts of it more than once for that."""
     if not model.built:
@@ -195,6 +260,7 @@ def takes_token_dict(model: Any) -> bool:
 
 
 _recomputes: weakref.WeakKeyDictionary[Any, Recompute] = weakref.WeakKeyDictionary()
+_recompute_scores: weakref.WeakKeyDictionary[Any, RecomputeScores] = weakref.WeakKeyDictionary()
 
 
 def recompute_of(model: Any) -> Recompute:
@@ -203,6 +269,14 @@ def recompute_of(model: Any) -> Recompute:
         build(model)
         _recomputes[model] = Recompute(model)
     return _recomputes[model]
+
+
+def recompute_scores_of(model: Any) -> RecomputeScores:
+    """The model's scoring graph without a cache, kept as long as the model."""
+    if model not in _recompute_scores:
+        build(model)
+        _recompute_scores[model] = RecomputeScores(model)
+    return _recompute_scores[model]
 
 
 def to_numpy(logits: _Tensor) -> NDArray[Any]:

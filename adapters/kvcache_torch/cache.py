@@ -16,6 +16,7 @@ from kvcache_core.layout import BlockLayout
 from kvcache_core.plan import StepPlan
 from kvcache_torch.context import local
 from kvcache_torch.driver import Driver, device_of, driver_of, evaluating, logits_of
+from kvcache_torch.recompute import recompute, target_scores, widened
 from kvcache_torch.step import Step
 from kvcache_torch.store import TensorStore, dtype_name, torch_dtype
 from kvcache_torch.transparent import Rows, assemble, rows_of, with_recomputed_gradient
@@ -114,13 +115,28 @@ class KVCache(FrontendCache):
         return output
 
     def _run_step(self, plan: StepPlan) -> np.ndarray[Any, Any]:
-        logits = self._last_logits(plan)
-        if logits.dtype in (torch.bfloat16, torch.float16):
-            logits = logits.float()
-        return logits.cpu().numpy()
+        return widened(self._last_logits(plan)).cpu().numpy()
 
     def _run_greedy(self, plan: StepPlan) -> np.ndarray[Any, Any]:
         return self._last_logits(plan).argmax(dim=-1).cpu().numpy()
+
+    def _run_all(self, plan: StepPlan) -> np.ndarray[Any, Any]:
+        return widened(self._all_logits(plan)).cpu().numpy()
+
+    def _run_greedy_all(self, plan: StepPlan) -> np.ndarray[Any, Any]:
+        return self._all_logits(plan).argmax(dim=-1).cpu().numpy()
+
+    def _run_scores(
+        self, plan: StepPlan, targets: np.ndarray[Any, Any]
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        logits = widened(self._all_logits(plan))
+        scores, chosen = target_scores(logits, torch.from_numpy(targets).to(logits.device))
+        return scores.cpu().numpy(), chosen.cpu().numpy()
+
+    def _all_logits(self, plan: StepPlan) -> Tensor:
+        """[B, T, V] behind every new token."""
+        with evaluating(self.model), torch.no_grad():
+            return self._run(plan, last_only=False)
 
     def _last_logits(self, plan: StepPlan) -> Tensor:
         """[B, V] behind each row's last token."""
@@ -185,21 +201,6 @@ class KVCache(FrontendCache):
         new = self._run(call.plan, last_only=False)
         layer = len(self.store.layout.layers) - 1
         return assemble(self.store, layer, call, rows, new)
-
-
-def recompute(forward: Callable[..., Any], device: torch.device, rows: list[list[int]]) -> np.ndarray[Any, Any]:
-    """Run a model over ragged rows without a cache; logits [B, V] behind each row's last token."""
-    width = max(map(len, rows))
-    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
-    for at, row in enumerate(rows):
-        tokens[at, : len(row)] = torch.tensor(row)
-    with torch.no_grad():
-        output = logits_of(forward(tokens.to(device)))
-    last = torch.tensor([len(row) - 1 for row in rows], device=output.device)
-    logits = output[torch.arange(len(rows), device=output.device), last]
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    return logits.cpu().numpy()
 
 
 def reason_to_bypass(model: nn.Module) -> str | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvcache_core import CacheFull, InvalidInput
-from kvcache_core.generation import GenerateOptions
+from kvcache_core.options import GenerateOptions
 from kvcache_core.sampling import Sampling, pick
 from kvcache_torch import KVCache, generate, stream
 from tests.adapters.torch.models import Small, prompt

@@ -1,0 +1,53 @@
+"""Running a model without a cache, and what is made of its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvcache_torch.driver import logits_of
+
+__all__ = ["recompute", "recompute_scores", "target_scores", "widened"]
+
+
+def widened(logits: Tensor) -> Tensor:
+    """Half precision as float32: numpy has no bfloat16."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def target_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [..., T] of targets under logits [..., T, V], float64, and the most likely tokens."""
+    found = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double()
+    return found - logits.logsumexp(dim=-1).double(), logits.argmax(dim=-1)
+
+
+def recompute(forward: Callable[..., Any], device: torch.device, rows: list[list[int]]) -> np.ndarray[Any, Any]:
+    """Run a model over ragged rows without a cache; logits [B, V] behind each row's last token."""
+    output = _run(forward, device, rows)
+    last = torch.tensor([len(row) - 1 for row in rows], device=output.device)
+    return widened(output[torch.arange(len(rows), device=output.device), last]).cpu().numpy()
+
+
+def recompute_scores(
+    forward: Callable[..., Any], device: torch.device, rows: list[list[int]], targets: Sequence[Sequence[int]]
+) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """Per row, log-probabilities of the targets behind its last tokens and the most likely tokens, without a cache."""
+    output, found = _run(forward, device, rows), []
+    for logits, row, behind in zip(output, rows, targets, strict=True):
+        wanted = torch.tensor(behind, device=output.device)
+        scores, chosen = target_scores(widened(logits[len(row) - len(behind) : len(row)]), wanted)
+        found.append((scores.cpu().numpy(), chosen.cpu().numpy()))
+    return found
+
+
+def _run(forward: Callable[..., Any], device: torch.device, rows: list[list[int]]) -> Tensor:
+    """A model's whole output [B, T, ...] over rows padded on the right."""
+    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    for at, row in enumerate(rows):
+        tokens[at, : len(row)] = torch.tensor(row)
+    with torch.no_grad():
+        return logits_of(forward(tokens.to(device)))
