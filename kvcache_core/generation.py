@@ -110,12 +110,13 @@ class _Batch:
             for job, found in queue.step(greedy=self._greedy):
                 self._join(job, found)
             self._joining = self._running(self._joining)
+            steps = 1
         else:
             # Rows whose prompts were computed together start together: a larger batch costs little more.
             self._rows += self._joining
             self._joining = []
         if self._rows:
-            self._advance(1 if queue.computing else steps)
+            self._advance(steps)
             self._rows = self._running(self._rows)
 
     def close(self) -> None:

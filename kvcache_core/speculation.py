@@ -96,7 +96,9 @@ class Drafter:
         for size in range(self._speculation.ngram, self._speculation.min_ngram - 1, -1):
             start = self._next.get(tuple(self._text[-size:])) if size <= len(self._text) else None
             if start is not None:
-                return self._text[start : start + limit]
+                # What follows may reach the text's end: then it goes on repeating itself.
+                period = len(self._text) - start
+                return [self._text[start + at % period] for at in range(limit)]
         return []
 
     def learn(self, drafted: int, accepted: int) -> None:
