@@ -14,6 +14,7 @@ COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # reset() leaves what other test files compiled
     yield
     torch._dynamo.reset()
 
