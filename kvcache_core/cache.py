@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import threading
-from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as _Sequence
-from operator import index
 
 import numpy as np
 
-from kvcache_core.errors import CacheFull, InvalidInput, InvalidType, SequenceClosed, StaleSequence, StepError
+from kvcache_core.errors import CacheFull, InvalidInput, SequenceClosed, StaleSequence, StepError
+from kvcache_core.eviction import Blocks
+from kvcache_core.inputs import MAX_TOKEN, check_salt, checked_extras, token_array, whole
 from kvcache_core.layout import BlockLayout
 from kvcache_core.match import LayerGroup, match_prefix
 from kvcache_core.plan import Reservation, StepPlan
 from kvcache_core.pool import BlockPool, PoolResize, check_size
 from kvcache_core.prefix import PrefixIndex
+from kvcache_core.reserve import Room
 from kvcache_core.sequence import Sequence
 from kvcache_core.stats import CacheStats
+from kvcache_core.tails import Tails
 from kvcache_core.transaction import Transactions
 from kvcache_core.types import BlockId, Evicted, SeqId, TokenIds
 
 __all__ = ["BlockCache", "token_array"]
-
-_MAX_TOKEN = 2**31 - 1
 
 
 class BlockCache:
@@ -79,7 +79,12 @@ class BlockCache:
         self.namespace = namespace
         self.groups = tuple(LayerGroup(kind, window, BlockPool(num_blocks)) for kind, window in kinds)
         self._index = PrefixIndex(block_size, [num_blocks] * len(kinds))
-        self._moves = Transactions(self._index, self.groups)
+        self._kv_groups = [group for group in self.groups if group.kind != "output"]
+        self._windows = [group.window for group in self.groups]
+        self._blocks = Blocks(self._index, self.groups)
+        tails = Tails(self._blocks)
+        self._room = Room(tails)
+        self._moves = Transactions(tails)
         self._lock = threading.RLock()
         self._open: dict[SeqId, Sequence] = {}
         self._next_id = 0
@@ -102,11 +107,11 @@ class BlockCache:
         anything can overwrite their bytes. It must not raise and must not call the cache. :meth:`clear` does not
         call it.
         """
-        return self._moves.on_evict
+        return self._blocks.on_evict
 
     @on_evict.setter
     def on_evict(self, hook: Callable[[list[Evicted]], None] | None) -> None:
-        self._moves.on_evict = hook
+        self._blocks.on_evict = hook
 
     def findable_blocks(self) -> list[Evicted]:
         """Every full block that can be found now, as :attr:`on_evict` would describe it."""
@@ -114,7 +119,7 @@ class BlockCache:
             found: list[Evicted] = []
             for number, group in enumerate(self.groups):
                 blocks = [block for block in range(1, group.pool.num_blocks + 1) if group.pool.is_findable(block)]
-                found += self._moves.describe(number, blocks)
+                found += self._blocks.describe(number, blocks)
             return [one for one in found if one.key is not None]
 
     def count_as_cached(self, seq: Sequence) -> None:
@@ -153,20 +158,17 @@ class BlockCache:
             InvalidInput: an empty prompt, ids that are no integers in range, or a salt that is not bytes.
         """
         tokens = token_array(token_ids, "a prompt")
-        extras = _checked_extras(extra_keys)
-        _check_salt(salt)
-        if _whole(max_new_tokens, "max_new_tokens") < 0:
+        extras = checked_extras(extra_keys)
+        check_salt(salt)
+        if whole(max_new_tokens, "max_new_tokens") < 0:
             raise InvalidInput(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
         with self._lock:
+            groups = self.groups if outputs else self._kv_groups
             root = self._index.open_root(self.namespace, salt)
-            groups = self.groups if outputs else [group for group in self.groups if group.kind != "output"]
+            match = match_prefix(self._index, groups, root, np.frombuffer(tokens, np.int32), extras)
             seq = Sequence(self, self._new_id(), root, len(groups))
-            root_key = self._index.key(root) or b""
-            seq.extra_keys = extras
-            seq.prompt = tokens
-            seq.prompt_keys = self._index.keys(root_key, tokens.tobytes(), 0, extras)
+            seq.salt, seq.extra_keys, seq.prompt = salt, extras, tokens
             seq.max_length = len(tokens) + max_new_tokens if max_new_tokens else 0
-            match = match_prefix(self._index, groups, root, tokens, seq.prompt_keys, extras)
             for group, table in zip(groups, match.tables, strict=True):
                 group.pool.retain(table)
             seq.nodes, seq.tables, seq.dropped = match.nodes, match.tables, match.dropped
@@ -182,15 +184,14 @@ class BlockCache:
     ) -> int:
         """How many leading tokens :meth:`open` would find now. Changes nothing, counts nothing."""
         tokens = token_array(token_ids, "a prompt")
-        extras = _checked_extras(extra_keys)
-        _check_salt(salt)
+        extras = checked_extras(extra_keys)
+        check_salt(salt)
         with self._lock:
-            root = self._index.open_root(self.namespace, salt)
-            keys = self._index.keys(self._index.key(root) or b"", tokens.tobytes(), 0, extras)
-            groups = [group for group in self.groups if group.kind != "output"]
-            match = match_prefix(self._index, groups, root, tokens, keys, extras)
-            self._index.unpin(root)
-            return match.num_tokens
+            root = self._index.root(self.namespace, salt)
+            if not root:
+                return 0
+            values = np.frombuffer(tokens, np.int32)
+            return match_prefix(self._index, self._kv_groups, root, values, extras).num_tokens
 
     def plan(self, seqs: _Sequence[Sequence], token_ids: _Sequence[TokenIds]) -> StepPlan:
         """Reserve a step: row b appends ``token_ids[b]`` (one or more tokens) to ``seqs[b]``.
@@ -222,14 +223,14 @@ class BlockCache:
                 raise InvalidInput("a step cannot mix sequences opened with outputs and without")
             pairs = list(zip(seqs, tokens, strict=True))
             try:
-                rows = self._moves.reserve(pairs)
+                rows = self._room.reserve(pairs)
             except CacheFull:
                 # What sequences reserved ahead and have not used yet is the next thing to give.
-                if not self._moves.fits_unreserved(pairs, self._open.values()):
+                if not self._room.fits_unreserved(pairs, self._open.values()):
                     raise
-                self._moves.return_reserved(self._open.values())
-                rows = self._moves.reserve(pairs)
-            return StepPlan(rows, [group.window for group in self.groups[:used]], self.block_size)
+                self._room.return_reserved(self._open.values())
+                rows = self._room.reserve(pairs)
+            return StepPlan(rows, self._windows[:used], self.block_size)
 
     def commit(self, plan: StepPlan) -> None:
         """The step's arrays are written: append its tokens, publish full blocks, drop what windows passed.
@@ -249,7 +250,7 @@ class BlockCache:
         """
         with self._lock:
             for row in reversed(self._finish(plan, "roll back")):
-                self._moves.rollback(row)
+                self._room.rollback(row)
 
     def append(self, seqs: Sequence | _Sequence[Sequence], tokens: int | _Sequence[int]) -> None:
         """Add one token to a sequence, or one to each of several: the same as planning and committing that step.
@@ -273,26 +274,29 @@ class BlockCache:
             >>> seq.tokens
             [1, 2, 3, 4]
         """
-        rows: tuple[Sequence, ...]
         if isinstance(seqs, Sequence):
-            rows, ids = (seqs,), token_array((tokens,), "append")  # type: ignore[arg-type]
-        else:
-            rows, ids = tuple(seqs), token_array(tokens, "append")  # type: ignore[arg-type]
+            with self._lock:
+                known = type(tokens) is int and 0 <= tokens <= MAX_TOKEN
+                if known and self._can_step(seqs) and self._fits(self._moves.appendable(seqs)):
+                    self._moves.append(seqs, tokens)  # type: ignore[arg-type]
+                else:
+                    self.commit(self.plan([seqs], [[tokens]]))  # type: ignore[list-item]
+            return
+        ids = token_array(tokens, "append")  # type: ignore[arg-type]
         with self._lock:
-            usable = len(rows) == len(ids) == len({id(seq) for seq in rows}) and all(map(self._can_step, rows))
-            if not usable:
-                # The plan says what is wrong.
-                self.commit(self.plan(rows, [[token] for token in ids]))
+            usable = len(seqs) == len(ids) == len(set(map(id, seqs))) and all(map(self._can_step, seqs))
+            kinds = list(map(self._moves.appendable, seqs)) if usable else [0]
+            if not all(kinds) or not self._fits(sum(kinds) - len(kinds) + 1):
+                self.commit(self.plan(seqs, [[token] for token in ids]))
                 return
-            pairs = list(zip(rows, ids, strict=True))
-            stays = [self._moves.stays_in_block(seq) for seq in rows]
-            others = [pair for pair, stay in zip(pairs, stays, strict=True) if not stay]
-            plan = self.plan([seq for seq, _ in others], [[token] for _, token in others]) if others else None
-            for (seq, token), stay in zip(pairs, stays, strict=True):
-                if stay:
-                    self._moves.append(seq, token)
-            if plan is not None:
-                self.commit(plan)
+            for seq, token in zip(seqs, ids, strict=True):
+                self._moves.append(seq, token)
+
+    def _fits(self, kind: int) -> bool:
+        """Whether every pool has ``kind - 1`` blocks to take; 0 never fits."""
+        if kind < 2:
+            return kind == 1
+        return all(group.pool.num_available >= kind - 1 for group in self.groups)
 
     def fork(self, seq: Sequence) -> Sequence:
         """A second sequence with the same past. No block is copied until one of the two writes into it."""
@@ -303,7 +307,7 @@ class BlockCache:
             child.namespace = seq.namespace
             child.length, child.num_cached = seq.length, seq.num_cached
             child.extra_keys, child.max_length = seq.extra_keys, seq.max_length
-            child.prompt, child.prompt_keys = seq.prompt, seq.prompt_keys
+            child.salt, child.prompt = seq.salt, seq.prompt
             child.cut_tail = seq.cut_tail
             child.nodes = list(seq.nodes)
             child.dropped = list(seq.dropped)
@@ -325,7 +329,7 @@ class BlockCache:
         with self._lock:
             self._check_mine(seq)
             seq.check_usable("truncate")
-            length = _whole(length, "length")
+            length = whole(length, "length")
             if not 0 <= length <= seq.length:
                 raise InvalidInput(f"length must be 0 .. {seq.length} to truncate {seq!r}, got {length}")
             if length == seq.length:
@@ -376,8 +380,8 @@ class BlockCache:
                 raise StepError("cannot resize during a step: commit it or roll it back first")
             live = max(group.pool.num_live for group in self.groups)
             seqs = self._open.values()
-            if num_blocks < live and self._moves.held(seqs) <= num_blocks:
-                self._moves.return_reserved(seqs)
+            if num_blocks < live and self._room.held(seqs) <= num_blocks:
+                self._room.return_reserved(seqs)
                 live = max(group.pool.num_live for group in self.groups)
             if num_blocks < live:
                 raise CacheFull(
@@ -391,8 +395,8 @@ class BlockCache:
             for number, group in enumerate(self.groups):
                 result = group.pool.resize(num_blocks)
                 evicted: list[Evicted] = []
-                self._moves.evict(number, result.evicted, evicted)
-                self._moves.announce(evicted)
+                self._blocks.evict(number, list(result.evicted), evicted)
+                self._blocks.announce(evicted)
                 self._index.move_block(number, result.moves, num_blocks)
                 for seq in self._open.values():
                     if number >= len(seq.tables):
@@ -415,7 +419,7 @@ class BlockCache:
             return CacheStats(
                 hit_tokens=self._hit_tokens,
                 miss_tokens=self._miss_tokens,
-                evicted_blocks=self._moves.evicted_blocks,
+                evicted_blocks=self._blocks.evicted_blocks,
                 live_blocks=sum(pool.num_live for pool in pools),
                 cached_blocks=sum(pool.num_cached for pool in pools),
                 free_blocks=sum(pool.num_free for pool in pools),
@@ -431,10 +435,7 @@ class BlockCache:
             self._check_mine(seq)
             if seq.closed:
                 raise SequenceClosed(f"sequence {seq.id} is closed: its tokens are no longer kept")
-            tokens: list[int] = []
-            for node in seq.nodes:
-                tokens += self._index.tokens(node)
-            return tokens[: seq.length]
+            return self._index.tokens_of(seq.nodes)[: seq.length]
 
     def check_valid(self) -> None:
         """Assert every invariant; expensive, for tests."""
@@ -481,61 +482,3 @@ class BlockCache:
     def _new_id(self) -> SeqId:
         self._next_id += 1
         return SeqId(self._next_id)
-
-
-def token_array(token_ids: TokenIds, what: str) -> array[int]:
-    """Check token ids and return them as an int32 array.
-
-    Raises:
-        InvalidType: not integers.
-        InvalidInput: empty, not one-dimensional, negative or above 2**31 - 1.
-    """
-    if isinstance(token_ids, (list, tuple)):
-        try:
-            tokens = array("i", token_ids)
-        except TypeError:
-            raise InvalidType(f"{what} must be integers, got {_sample(token_ids)}") from None
-        except OverflowError:
-            raise InvalidInput(f"{what} has a token id outside 0 .. {_MAX_TOKEN}") from None
-    else:
-        values = np.asarray(token_ids)
-        if values.ndim != 1:
-            raise InvalidInput(f"{what} must have one dimension, got shape {values.shape}")
-        if values.size and values.dtype.kind not in "iu":
-            raise InvalidType(f"{what} must be integers, got dtype {values.dtype}")
-        if values.size and (int(values.max()) > _MAX_TOKEN or int(values.min()) < 0):
-            raise InvalidInput(
-                f"{what} has a token id outside 0 .. {_MAX_TOKEN}: ids are {values.min()} .. {values.max()}"
-            )
-        tokens = array("i", values.astype(np.int32).tobytes())
-    if not tokens:
-        raise InvalidInput(f"{what} needs at least one token, got none")
-    if min(tokens) < 0:
-        raise InvalidInput(f"{what} has a token id outside 0 .. {_MAX_TOKEN}: {min(tokens)}")
-    return tokens
-
-
-def _check_salt(salt: bytes) -> None:
-    if not isinstance(salt, bytes):
-        raise InvalidType(f"salt must be bytes, got {type(salt).__name__}: {_sample(salt)}")
-
-
-def _whole(value: int, name: str) -> int:
-    try:
-        return index(value)
-    except TypeError:
-        raise InvalidType(f"{name} must be a whole number, got {_sample(value)}") from None
-
-
-def _sample(values: object) -> str:
-    text = repr(values)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _checked_extras(extra_keys: Mapping[int, bytes] | None) -> Mapping[int, bytes]:
-    if not extra_keys:
-        return {}
-    for position, value in extra_keys.items():
-        if not isinstance(position, int) or position < 0 or not isinstance(value, bytes):
-            raise InvalidInput(f"extra_keys must map positions >= 0 to bytes, got {position!r}: {value!r}")
-    return dict(extra_keys)

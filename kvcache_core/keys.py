@@ -11,7 +11,7 @@ import struct
 from collections.abc import Mapping
 from hashlib import blake2b
 
-__all__ = ["KEY_BYTES", "block_key", "extras_bytes", "root_key"]
+__all__ = ["KEY_BYTES", "block_extras", "block_key", "chain_keys", "extras_bytes", "root_key"]
 
 KEY_BYTES = 16
 
@@ -43,3 +43,28 @@ def extras_bytes(extras: Mapping[int, bytes]) -> bytes:
     return b"".join(
         b"X" + struct.pack("<IQ", offset, len(extras[offset])) + extras[offset] for offset in sorted(extras)
     )
+
+
+def chain_keys(root: bytes, tokens: bytes, block_size: int, extra_keys: Mapping[int, bytes]) -> list[bytes]:
+    """The keys of the full blocks in ``tokens`` (int32 bytes), which start behind ``root``.
+
+    Args:
+        root: the root key, or the key of the block before.
+        tokens: little-endian int32 token ids.
+        block_size: tokens per block.
+        extra_keys: {position: bytes}, counted from the first of ``tokens``.
+    """
+    width = 4 * block_size
+    keys = []
+    key = root
+    for number in range(len(tokens) // width):
+        extras = extras_bytes(block_extras(extra_keys, number, block_size)) if extra_keys else b""
+        key = block_key(key, tokens[number * width : (number + 1) * width], extras)
+        keys.append(key)
+    return keys
+
+
+def block_extras(extra_keys: Mapping[int, bytes], block_index: int, block_size: int) -> dict[int, bytes]:
+    """The extra keys that fall into one block, by offset in the block."""
+    first = block_index * block_size
+    return {position - first: value for position, value in extra_keys.items() if first <= position < first + block_size}

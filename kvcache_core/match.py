@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from kvcache_core.keys import block_extras
 from kvcache_core.pool import BlockPool
 from kvcache_core.prefix import PrefixIndex
+from kvcache_core.types import BlockArray, TokenArray
 
 __all__ = ["LayerGroup", "PrefixMatch", "first_visible_block", "match_prefix"]
 
@@ -45,8 +48,7 @@ def match_prefix(
     index: PrefixIndex,
     groups: Sequence[LayerGroup],
     root: int,
-    tokens: array[int],
-    keys: Sequence[bytes],
+    tokens: TokenArray,
     extra_keys: Mapping[int, bytes],
 ) -> PrefixMatch:
     """The longest cached head of ``tokens``, never all of them: the last token is always computed.
@@ -57,53 +59,48 @@ def match_prefix(
     """
     size = index.block_size
     limit = len(tokens) - 1
-    nodes: list[int] = []
-    for key in keys[: limit // size]:
-        node = index.find(key)
-        if node is None:
-            break
-        nodes.append(node)
-    count = _agree(index, groups, nodes)
+    nodes = index.walk(root, tokens, limit // size, extra_keys) if limit >= size else []
+    held = [index.blocks(number, nodes) for number in range(len(groups))]
+    count = _agree(groups, held, len(nodes), size)
     del nodes[count:]
     partial = _best_head(index, groups, nodes[-1] if nodes else root, tokens, count, limit, extra_keys)
-    num_tokens = count * size
-    if partial:
-        num_tokens += partial[0]
-        nodes.append(partial[1])
+    num_tokens = count * size + (partial[0] if partial else 0)
     tables, dropped = [], []
     for number, group in enumerate(groups):
-        first = min(first_visible_block(num_tokens, group.window, size), len(nodes))
+        first = min(first_visible_block(num_tokens, group.window, size), count)
+        table = held[number][:count].tolist()
+        table[:first] = [0] * first
         if partial:
-            first = min(first, count)
-        tables.append([0] * first + [int(index.block(number, node)) for node in nodes[first:]])
+            table.append(index.block(number, partial[1]))
+        tables.append(table)
         dropped.append(first)
+    if partial:
+        nodes.append(partial[1])
     return PrefixMatch(nodes, tables, dropped, num_tokens)
 
 
-def _agree(index: PrefixIndex, groups: Sequence[LayerGroup], nodes: Sequence[int]) -> int:
+def _agree(groups: Sequence[LayerGroup], held: Sequence[BlockArray], count: int, size: int) -> int:
     """How many leading nodes all groups can serve: shrink until nobody objects."""
-    count = len(nodes)
     while True:
         before = count
-        for number, group in enumerate(groups):
-            count = _longest_hit(index, number, group.window, nodes, count)
+        for group, blocks in zip(groups, held, strict=True):
+            count = _longest_hit(group.window, blocks, count, size)
         if count == before:
             return count
 
 
-def _longest_hit(index: PrefixIndex, number: int, window: int | None, nodes: Sequence[int], count: int) -> int:
+def _longest_hit(window: int | None, blocks: BlockArray, count: int, size: int) -> int:
+    """The longest head of at most ``count`` blocks that a group can serve from ``blocks`` (null where it has none)."""
     if window is None:
-        for at in range(count):
-            if not index.block(number, nodes[at]):
-                return at
-        return count
+        missing = blocks[:count] == 0
+        return int(missing.argmax()) if missing.any() else count
     while count:
-        first = first_visible_block(count * index.block_size, window, index.block_size)
-        missing = next((at for at in range(count - 1, first - 1, -1) if not index.block(number, nodes[at])), None)
-        if missing is None:
+        first = first_visible_block(count * size, window, size)
+        gaps = np.flatnonzero(blocks[first:count] == 0)
+        if not gaps.size:
             return count
-        # Every shorter head that ends behind the missing block needs that block too.
-        count = missing
+        # Every shorter head that ends behind the last missing block needs that block too.
+        count = first + int(gaps[-1])
     return 0
 
 
@@ -111,16 +108,16 @@ def _best_head(
     index: PrefixIndex,
     groups: Sequence[LayerGroup],
     parent: int,
-    tokens: array[int],
+    tokens: TokenArray,
     count: int,
     limit: int,
     extra_keys: Mapping[int, bytes],
 ) -> tuple[int, int] | None:
     start = count * index.block_size
     rest = tokens[start : min(start + index.block_size, limit)]
-    if not rest:
+    if not len(rest) or not parent:
         return None
-    extras = index.block_extras(extra_keys, count) if extra_keys else {}
+    extras = block_extras(extra_keys, count, index.block_size) if extra_keys else {}
     for shared, node in index.heads(parent, rest, extras):
         if all(index.block(number, node) for number in range(len(groups))):
             return shared, node

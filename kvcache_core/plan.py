@@ -30,7 +30,7 @@ class Reservation:
         start: tokens the sequence has before the step.
         tables: its block tables, one per group. Entries that a plan can see never change in place (whoever
             changes one puts a new list into the sequence), so a plan's arrays may be made at any later time.
-        table_lengths: how long the tables were before the step.
+        table_lengths: how long the tables were before the step; None for a row that stays in its last block.
         copied: per group, the shared block that a copy replaced in the table.
     """
 
@@ -38,7 +38,7 @@ class Reservation:
     tokens: array[int]
     start: int
     tables: tuple[list[int], ...]
-    table_lengths: list[int]
+    table_lengths: list[int] | None
     copied: list[int] | None
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from array import array
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from kvcache_core.errors import BlockError, CacheFull, InvalidInput
-from kvcache_core.types import NULL_BLOCK, BlockId
+from kvcache_core.runs import FreeRuns
+from kvcache_core.types import NULL_BLOCK, BlockArray, BlockId, view
 
 __all__ = ["BlockPool", "PoolResize", "check_size"]
 
 
 @dataclass(frozen=True, slots=True)
 class PoolResize:
-    """What a resize did: evicted blocks (old ids) and the moves old id -> new id."""
+    """What a resize or a compaction did: evicted blocks (old ids) and the moves old id -> new id."""
 
     evicted: list[BlockId]
     moves: dict[BlockId, BlockId]
@@ -27,15 +28,15 @@ class BlockPool:
     A block is *free* (nobody holds it, nothing to find in it), *cached* (nobody holds it, its content can
     be found) or *live* (held by one or more block tables).
 
-    The LRU order is a queue of releases in which a block may stand several times; only its last entry
-    counts, so taking a cached block back out of the order costs nothing and every operation is constant
-    time per block, amortised.
+    The LRU order is a queue of releases in which a block may stand several times. Each cached block knows
+    the place of its last entry (its stamp); an entry whose block has another stamp no longer counts. So a
+    block leaves the order by losing its stamp, every operation is constant time per block, amortised, and
+    whole tables are handled as arrays.
 
     Invariants:
         - free + cached + live == num_blocks.
-        - a free block has no references and no findable content.
-        - a cached block has no references, findable content and a last entry in the release queue.
-        - every free block stands in the free queue.
+        - a free block has no references and no findable content, and stands in :class:`FreeRuns`.
+        - a block has a stamp exactly if it is cached, and the queue has it at that place.
 
     Args:
         num_blocks: usable blocks; id 0, the null block, comes on top.
@@ -44,80 +45,109 @@ class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         check_size(num_blocks)
         self.num_blocks = num_blocks
-        self.num_free = num_blocks
         self.num_cached = 0
-        self._refs = array("i", bytes(4 * (num_blocks + 1)))
-        self._entries = array("i", bytes(4 * (num_blocks + 1)))
-        self._findable = bytearray(num_blocks + 1)
-        self._is_free = bytearray(b"\0" + b"\1" * num_blocks)
-        self._in_free_queue = bytearray(b"\0" + b"\1" * num_blocks)
-        self._free_queue: deque[int] = deque(range(1, num_blocks + 1))
-        self._releases: deque[int] = deque()
+        self.free = FreeRuns(num_blocks)
+        self._allocate(num_blocks)
+
+    def _allocate(self, num_blocks: int) -> None:
+        # Zero pages: what is never used takes no memory. The views make single entries as cheap as a list's.
+        self._refs: BlockArray = np.zeros(num_blocks + 1, np.int32)
+        self._findable = np.zeros(num_blocks + 1, np.bool_)
+        self._stamp: BlockArray = np.zeros(num_blocks + 1, np.int32)
+        self._queue: BlockArray = np.zeros(2 * num_blocks + 65, np.int32)
+        self._head = self._tail = 1
+        self.ref = view(self._refs)
+        self._findable_at = view(self._findable)
+        self._stamp_at = view(self._stamp)
+        self._queue_at = view(self._queue)
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds and nothing can be found in."""
+        return self.free.count
 
     @property
     def num_live(self) -> int:
         """Blocks held by at least one block table."""
-        return self.num_blocks - self.num_free - self.num_cached
+        return self.num_blocks - self.free.count - self.num_cached
 
     @property
     def num_available(self) -> int:
         """Blocks that can be taken: free ones and evictable ones."""
-        return self.num_free + self.num_cached
+        return self.free.count + self.num_cached
 
     def refs(self, block: int) -> int:
         """How many block tables hold ``block``."""
         self._check_known(block)
-        return self._refs[block]
+        return int(self._refs[block])
 
-    def take(self, count: int, after: int = NULL_BLOCK) -> tuple[list[BlockId], list[BlockId]]:
+    def is_findable(self, block: int) -> bool:
+        """Whether the block's content can be found by a prefix match."""
+        return bool(self._findable[block])
+
+    # ---- taking and giving back ----------------------------------------------------------------
+
+    def take(self, count: int, after: int = NULL_BLOCK) -> tuple[list[int], list[int]]:
         """Take ``count`` blocks for one sequence, each with one reference.
 
         The block right behind ``after`` comes first if it is free, then runs of free blocks, then the
         least recently used cached blocks; so a sequence's slots are adjacent where that is possible.
 
         Returns:
-            The taken ids in the order to use them, and those of them whose content was evicted.
+            The taken ids in the order to use them, and those of them whose content was evicted, least
+            recently used first.
 
         Raises:
             CacheFull: fewer than ``count`` blocks are free or cached; nothing was changed.
         """
-        if count > self.num_available:
+        free = self.free
+        if count > free.count + self.num_cached:
             raise CacheFull(
-                f"need {count} blocks, {self.num_free} free + {self.num_cached} evictable of "
+                f"need {count} blocks, {free.count} free + {self.num_cached} evictable of "
                 f"{self.num_blocks}; close sequences or resize the cache",
                 needed=count,
                 available=self.num_available,
                 capacity=self.num_blocks,
             )
-        taken = self._take_run(after + 1, count) if after else []
-        rest: list[BlockId] = []
-        while len(taken) + len(rest) < count and self.num_free:
-            rest += self._take_run(self._pop_free(), count - len(taken) - len(rest))
-        evicted = [self._pop_least_recent() for _ in range(count - len(taken) - len(rest))]
+        if count == 1:
+            return self._take_one(after)
+        taken = free.take_behind(after, count) if after else []
+        rest: list[int] = []
+        while len(taken) + len(rest) < count and free.count:
+            rest += free.take_run(count - len(taken) - len(rest))
+        missing = count - len(taken) - len(rest)
+        evicted = self._evict(missing) if missing else []
         # Blocks of one old sequence come tail first; sorted they are adjacent again.
         taken += sorted(rest + evicted)
-        for block in taken:
-            self._refs[block] = 1
+        self._refs[taken] = 1
         return taken, evicted
 
-    def retain(self, blocks: Iterable[int]) -> None:
+    def _take_one(self, after: int) -> tuple[list[int], list[int]]:
+        free, evicted = self.free, []
+        taken = (free.take_behind(after, 1) if after else []) or (free.take_run(1) if free.count else [])
+        if not taken:
+            taken = evicted = self._evict(1)
+        self.ref[taken[0]] = 1
+        return taken, evicted
+
+    def retain(self, blocks: Sequence[int] | BlockArray) -> None:
         """Add one reference to each block; null blocks are skipped.
 
         Raises:
-            BlockError: a block is unknown or free.
+            BlockError: a block is unknown or free; nothing was changed.
         """
-        refs, findable = self._refs, self._findable
-        checked = [block for block in blocks if block]
-        for block in checked:
-            self._check_known(block)
-            if not refs[block] and not findable[block]:
+        held = self._checked(blocks)
+        fresh = held[self._refs[held] == 0]
+        if fresh.size:
+            findable = self._findable[fresh]
+            if not findable.all():
+                block = fresh[np.argmin(findable)]
                 raise BlockError(f"block {block} is free: it cannot be retained; take it from the pool first")
-        for block in checked:
-            if not refs[block]:
-                self.num_cached -= 1
-            refs[block] += 1
+            self._stamp[fresh] = 0
+            self.num_cached -= len(set(fresh.tolist()))
+        self._add(held, 1)
 
-    def release(self, blocks: Sequence[int]) -> None:
+    def release(self, blocks: Sequence[int] | BlockArray) -> None:
         """Drop one reference of each block of one sequence, given head first; null blocks are skipped.
 
         A block nobody holds any more becomes cached if its content can be found, else free. The tail
@@ -126,51 +156,61 @@ class BlockPool:
         Raises:
             BlockError: a block is unknown, or has fewer references than it is released; nothing was changed.
         """
-        refs, findable = self._refs, self._findable
-        for block in blocks:
-            if block:
-                self._check_known(block)
-        for position, block in enumerate(blocks):
-            if block:
-                if refs[block] < 1:
-                    self._restore(blocks[:position])
-                    raise BlockError(f"block {block} was released more often than it was retained")
-                refs[block] -= 1
-        for block in reversed(blocks):
-            if block and not refs[block]:
-                if findable[block]:
-                    self.num_cached += 1
-                    self._entries[block] += 1
-                    self._releases.append(block)
-                else:
-                    self._put_free(block)
-        if len(self._releases) > 2 * self.num_blocks + 64:
-            self._compact_releases()
+        held = self._checked(blocks)
+        self._add(held, -1)
+        left = self._refs[held]
+        if left.size and left.min() < 0:
+            self._add(held, 1)
+            raise BlockError(f"block {held[left.argmin()]} was released more often than it was retained")
+        gone = held[left == 0][::-1]
+        if not gone.size:
+            return
+        findable = self._findable[gone]
+        if findable.all():
+            self._enqueue(gone)
+            return
+        self.free.put(gone[~findable])
+        self._enqueue(gone[findable])
 
     def mark_findable(self, block: int) -> None:
-        """Keep the content of a live block when its last reference goes."""
-        if self.refs(block) < 1:
+        """Keep the content of a live block when its last reference goes.
+
+        Raises:
+            BlockError: the block is not live.
+        """
+        if self.ref[block] < 1:
             raise BlockError(f"block {block} is not live: only a held block can become findable")
-        self._findable[block] = 1
+        self._findable_at[block] = True
+
+    def mark_all_findable(self, blocks: BlockArray) -> None:
+        """:meth:`mark_findable` many blocks."""
+        if self._refs[blocks].min() < 1:
+            self.mark_findable(int(blocks[self._refs[blocks].argmin()]))
+        self._findable[blocks] = True
 
     def unmark_findable(self, block: int) -> None:
         """Forget the content; a cached block becomes free."""
         if self._findable[block]:
-            self._findable[block] = 0
-            if not self._refs[block]:
+            self._findable[block] = False
+            if self._stamp[block]:
+                self._stamp[block] = 0
                 self.num_cached -= 1
-                self._put_free(block)
+                self.free.put(np.array([block], np.int32))
 
-    def is_findable(self, block: int) -> bool:
-        """Whether the block's content can be found by a prefix match."""
-        return bool(self._findable[block])
-
-    def drop_cached(self) -> list[BlockId]:
+    def drop_cached(self) -> list[int]:
         """Evict every cached block; returns their ids, which are free now."""
-        dropped = [self._pop_least_recent() for _ in range(self.num_cached)]
-        for block in dropped:
-            self._put_free(block)
+        dropped = self._evict(self.num_cached)
+        self.free.put(np.array(dropped, np.int32))
         return dropped
+
+    def lru_order(self) -> list[int]:
+        """The cached blocks, next to be evicted first."""
+        entries = self._queue[self._head : self._tail]
+        counts = self._stamp[entries] == np.arange(self._head, self._tail)
+        order: list[int] = entries[counts].tolist()
+        return order
+
+    # ---- other sizes and places ----------------------------------------------------------------
 
     def resize(self, num_blocks: int) -> PoolResize:
         """Change the capacity while blocks are in use.
@@ -191,105 +231,109 @@ class BlockPool:
                 capacity=self.num_blocks,
             )
         surplus = self.num_live + self.num_cached - num_blocks
-        evicted = [self._pop_least_recent() for _ in range(surplus)] if surplus > 0 else []
-        for block in evicted:
-            self._put_free(block)
-        self._compact_releases()
-        used = [block for block in range(1, self.num_blocks + 1) if not self._is_free[block]]
-        homeless = [block for block in used if block > num_blocks]
-        holes = (block for block in range(1, num_blocks + 1) if block > self.num_blocks or self._is_free[block])
-        moves = {BlockId(old): BlockId(new) for old, new in zip(homeless, holes, strict=False)}
-        self._rebuild(num_blocks, used, moves)
-        return PoolResize(evicted, moves)
+        evicted = self._evict(surplus) if surplus > 0 else []
+        self.free.put(np.array(evicted, np.int32))
+        used = self.used()
+        homeless = used[used > num_blocks]
+        taken = np.zeros(num_blocks + 1, np.bool_)
+        taken[used[used <= num_blocks]] = True
+        taken[0] = True
+        holes = np.flatnonzero(~taken)[: len(homeless)]
+        moves = {BlockId(old): BlockId(new) for old, new in zip(homeless.tolist(), holes.tolist(), strict=True)}
+        self.move(moves, num_blocks)
+        return PoolResize([BlockId(block) for block in evicted], moves)
+
+    def used(self) -> BlockArray:
+        """The blocks that are not free, ascending."""
+        return np.flatnonzero((self._refs > 0) | self._findable).astype(np.int32)
+
+    def move(self, moves: dict[BlockId, BlockId], num_blocks: int) -> None:
+        """Rename used blocks, in a pool of ``num_blocks`` from now on; the targets are free, or moved away too."""
+        used = self.used()
+        renamed = np.array([moves.get(block, block) for block in used.tolist()], np.int32)
+        names = np.zeros(self.num_blocks + 1, np.int32)
+        names[used] = renamed
+        order = names[self.lru_order()]
+        refs, findable = self._refs[used], self._findable[used]
+        self._allocate(num_blocks)
+        self._refs[renamed], self._findable[renamed] = refs, findable
+        self.num_cached = 0
+        self.num_blocks = num_blocks
+        self._enqueue(order)
+        self.free = FreeRuns(num_blocks, used=renamed)
 
     def check_valid(self) -> None:
         """Assert every invariant of the class docstring; expensive, for tests."""
-        free = sum(self._is_free)
-        cached = sum(1 for block in range(1, self.num_blocks + 1) if self._findable[block] and not self._refs[block])
-        live = sum(1 for block in range(1, self.num_blocks + 1) if self._refs[block])
-        assert (free, cached, live) == (self.num_free, self.num_cached, self.num_live)
-        assert all(
-            not self._refs[block] and not self._findable[block]
-            for block in range(1, self.num_blocks + 1)
-            if self._is_free[block]
-        )
-        queued = set(self._releases)
-        for block in range(1, self.num_blocks + 1):
-            if self._findable[block] and not self._refs[block]:
-                assert self._entries[block] > 0 and block in queued
-        assert all(block in self._free_queue for block in range(1, self.num_blocks + 1) if self._is_free[block])
+        refs, findable = self._refs[1:], self._findable[1:]
+        free, cached = (refs == 0) & ~findable, (refs == 0) & findable
+        assert np.count_nonzero(free) == self.num_free and np.count_nonzero(cached) == self.num_cached
+        assert np.count_nonzero(refs) == self.num_live and not np.any(refs < 0)
+        assert self.free.blocks() == (np.flatnonzero(free) + 1).tolist()
+        assert np.array_equal(self._stamp[1:] > 0, cached)
+        assert sorted(self.lru_order()) == (np.flatnonzero(cached) + 1).tolist()
+        self.free.check_valid()
 
-    def _take_run(self, start: int, limit: int) -> list[BlockId]:
-        """Adjacent free blocks from ``start`` on, at most ``limit``."""
-        block = start
-        end = min(start + limit, self.num_blocks + 1)
-        while block < end and self._is_free[block]:
-            self._is_free[block] = 0
-            block += 1
-        self.num_free -= block - start
-        return [BlockId(taken) for taken in range(start, block)]
+    # ---- inside --------------------------------------------------------------------------------
 
-    def _pop_free(self) -> int:
-        """The next free block of the free queue, still free; entries taken as neighbours are skipped."""
-        while True:
-            block = self._free_queue.popleft()
-            self._in_free_queue[block] = 0
-            if self._is_free[block]:
-                # _take_run takes it next, at once.
-                return block
+    def _add(self, blocks: BlockArray, change: int) -> None:
+        if len(set(blocks.tolist())) == len(blocks):
+            self._refs[blocks] += change
+        else:
+            np.add.at(self._refs, blocks, change)
 
-    def _put_free(self, block: int) -> None:
-        self._is_free[block] = 1
-        self.num_free += 1
-        if not self._in_free_queue[block]:
-            self._in_free_queue[block] = 1
-            self._free_queue.append(block)
+    def _evict(self, count: int) -> list[int]:
+        """The ``count`` least recently used cached blocks: no longer findable, not yet free."""
+        if count == 1:
+            return [self._evict_one()]
+        evicted: list[int] = []
+        while len(evicted) < count:
+            missing = count - len(evicted)
+            end = min(self._head + 2 * missing + 16, self._tail)
+            entries = self._queue[self._head : end]
+            counting = np.flatnonzero(self._stamp[entries] == np.arange(self._head, end))[:missing]
+            self._head = end if len(counting) < missing else self._head + int(counting[-1]) + 1
+            evicted += entries[counting].tolist()
+        self._stamp[evicted] = 0
+        self._findable[evicted] = False
+        self.num_cached -= count
+        return evicted
 
-    def _pop_least_recent(self) -> BlockId:
-        """Evict the least recently used cached block: no longer findable, not yet free."""
-        while True:
-            block = self._releases.popleft()
-            self._entries[block] -= 1
-            if not self._entries[block] and not self._refs[block] and self._findable[block]:
-                self._findable[block] = 0
-                self.num_cached -= 1
-                return BlockId(block)
+    def _evict_one(self) -> int:
+        queue, stamp, at = self._queue_at, self._stamp_at, self._head
+        while stamp[queue[at]] != at:
+            at += 1
+        self._head = at + 1
+        block: int = queue[at]
+        stamp[block] = 0
+        self._findable_at[block] = False
+        self.num_cached -= 1
+        return block
 
-    def _compact_releases(self) -> None:
-        """Drop the entries that no longer count."""
-        kept: deque[int] = deque()
-        for block in self._releases:
-            self._entries[block] -= 1
-            if not self._entries[block] and not self._refs[block] and self._findable[block]:
-                kept.append(block)
-        for block in kept:
-            self._entries[block] = 1
-        self._releases = kept
+    def _enqueue(self, blocks: BlockArray) -> None:
+        end = self._tail + len(blocks)
+        if end > len(self._queue):
+            order = self.lru_order()
+            self._head = self._tail = 1
+            self._place(np.array(order, np.int32))
+            end = self._tail + len(blocks)
+        self._place(blocks)
+        self.num_cached += len(blocks)
 
-    def _rebuild(self, num_blocks: int, used: list[int], moves: dict[BlockId, BlockId]) -> None:
-        refs = array("i", bytes(4 * (num_blocks + 1)))
-        findable = bytearray(num_blocks + 1)
-        is_free = bytearray(b"\0" + b"\1" * num_blocks)
-        for block in used:
-            new = moves.get(BlockId(block), block)
-            refs[new], findable[new], is_free[new] = self._refs[block], self._findable[block], 0
-        self._releases = deque(moves.get(BlockId(block), block) for block in self._releases)
-        self._entries = array("i", bytes(4 * (num_blocks + 1)))
-        for block in self._releases:
-            self._entries[block] = 1
-        self._refs, self._findable, self._is_free = refs, findable, is_free
-        self._free_queue = deque(block for block in range(1, num_blocks + 1) if is_free[block])
-        self._in_free_queue = bytearray(is_free)
-        self.num_blocks = num_blocks
-        self.num_free = len(self._free_queue)
+    def _place(self, blocks: BlockArray) -> None:
+        end = self._tail + len(blocks)
+        self._queue[self._tail : end] = blocks
+        self._stamp[blocks] = np.arange(self._tail, end)
+        self._tail = end
 
-    def _restore(self, blocks: Sequence[int]) -> None:
-        for block in blocks:
-            if block:
-                self._refs[block] += 1
+    def _checked(self, blocks: Sequence[int] | BlockArray) -> BlockArray:
+        """The blocks that are not null, as an array."""
+        found: BlockArray = np.array(blocks, np.int32)
+        if found.size and found.view(np.uint32).max() > self.num_blocks:
+            self._check_known(next(block for block in found.tolist() if not 0 <= block <= self.num_blocks))
+        return found if found.all() else found[found != 0]
 
     def _check_known(self, block: int) -> None:
-        if not 0 < block <= self.num_blocks:
+        if not 1 <= block <= self.num_blocks:
             raise BlockError(f"block {block} is unknown: ids are 1 .. {self.num_blocks}")
 
 

@@ -2,146 +2,156 @@
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 
-from kvcache_core.keys import block_key, extras_bytes, root_key
-from kvcache_core.types import BlockId, NodeId
+import numpy as np
+
+from kvcache_core.keys import block_extras, block_key, extras_bytes, root_key
+from kvcache_core.nodes import NodeTable
+from kvcache_core.types import BlockArray, NodeId, TokenArray
 
 __all__ = ["PrefixIndex"]
 
-_Extras = Mapping[int, bytes]
-_NO_EXTRAS: _Extras = {}
+Extras = Mapping[int, bytes]
+NO_EXTRAS: Extras = {}
+
+_MANY = -1
+"""In the column of only children: there are several, in a sorted list."""
 
 
-class PrefixIndex:
+class PrefixIndex(NodeTable):
     """A tree with one node per block of tokens; layer groups attach their block ids to its nodes.
 
-    A *full* node has ``block_size`` tokens and a chained key, and is found by that key in constant time. A
-    *tail* is a last block that is not full: an *open* tail is still written by its sequence, a *closed* one
-    belongs to no running sequence. The children of a node are kept sorted by their tokens, so the child that
-    shares the longest head with a given run of tokens is found by bisection: that is how reuse reaches to
-    the token and not only to the block.
+    A *full* node has ``block_size`` tokens. A *tail* is a last block that is not full: an *open* tail is still
+    written by its sequence, a *closed* one belongs to no running sequence. The tokens themselves are compared, so
+    nothing is ever found by a collision, and nothing is hashed to find it. Chains whose nodes have following
+    numbers, the usual case, are compared as one piece.
 
-    Only the first of several blocks with the same key stands in the index; whoever completes another one is
-    handed the first (:meth:`complete`) and gives its own back to the pool.
+    The children of a node are kept sorted by their tokens, so a child with given tokens, or the one that shares
+    the longest head with them, is found by bisection: that is how reuse reaches to the token and not only to the
+    block.
+
+    Only the first of several full nodes with the same tokens and extra keys stands behind a parent; whoever
+    completes another one is handed the first (:meth:`complete`) and gives its own block back to the pool.
 
     Invariants:
         - a node lives while a block, a child or the tip of a sequence needs it, and no longer.
         - block -> node and node -> block agree in every group.
-        - every key leads to a full node, and every full node's key leads to it.
-        - the children of a node are sorted by their tokens.
+        - the children of a node are sorted by their tokens, and no two full ones are equal.
     """
 
     def __init__(self, block_size: int, pool_sizes: Sequence[int]) -> None:
-        self.block_size = block_size
-        self._by_key: dict[bytes, int] = {}
-        self._key: list[bytes | None] = [None]
-        self._parent = array("i", [0])
-        self._fill = array("i", [0])
-        self._uses = array("i", [0])
-        self._tokens = array("i", bytes(4 * block_size))
-        self._unused: list[int] = []
-        self._only_child = array("i", [0])
+        super().__init__(block_size, pool_sizes)
+        self._roots: dict[tuple[bytes, bytes], int] = {}
+        self._root_of: dict[int, tuple[bytes, bytes]] = {}
         self._children: dict[int, list[int]] = {}
         self._open_tails: dict[int, list[int]] = {}
-        self._extras: dict[int, _Extras] = {}
+        self._open: set[int] = set()
         self._in_step: set[int] = set()
-        self._block_of = [array("i", [0]) for _ in pool_sizes]
-        self._node_of = [array("i", bytes(4 * (size + 1))) for size in pool_sizes]
-
-    def __len__(self) -> int:
-        """Nodes in the tree, roots included."""
-        return len(self._key) - 1 - len(self._unused)
+        self._extras: dict[int, Extras] = {}
+        self._known_keys: dict[int, bytes] = {}
 
     # ---- reading -------------------------------------------------------------------------------
 
-    def key(self, node: int) -> bytes | None:
-        """The chained key of a root or full node; None for a tail."""
-        return self._key[node]
-
-    def parent(self, node: int) -> NodeId:
-        """The node before ``node``; 0 for a root."""
-        return NodeId(self._parent[node])
-
-    def fill(self, node: int) -> int:
-        """How many tokens the node holds."""
-        return self._fill[node]
-
     def is_open(self, node: int) -> bool:
         """Whether the node is a tail that its sequence may still write."""
-        return node in self._open_tails.get(self._parent[node], ())
+        return node in self._open
 
-    def tokens(self, node: int) -> array[int]:
-        """The node's token ids (int32)."""
-        start = node * self.block_size
-        return self._tokens[start : start + self._fill[node]]
-
-    def block(self, group: int, node: int) -> BlockId:
-        """The block attached in ``group``, or the null block."""
-        return BlockId(self._block_of[group][node])
-
-    def node(self, group: int, block: int) -> NodeId:
-        """The node that ``block`` of ``group`` is attached to, or 0."""
-        return NodeId(self._node_of[group][block])
-
-    def extras(self, node: int) -> _Extras:
+    def extras(self, node: int) -> Extras:
         """The node's extra keys, by offset in the block."""
-        return self._extras.get(node, _NO_EXTRAS)
+        return self._extras.get(node, NO_EXTRAS)
 
-    def find(self, key: bytes) -> NodeId | None:
-        """The full node with this key."""
-        node = self._by_key.get(key)
-        return None if node is None else NodeId(node)
+    def key(self, node: int) -> bytes | None:
+        """The chained key of a root or full node; None for a tail. Made when asked for, and then remembered."""
+        chain = []
+        at = node
+        while at not in self._known_keys and at not in self._root_of:
+            if self._fill[at] < self.block_size or at in self._open:
+                return None
+            chain.append(at)
+            at = self._parent[at]
+        key = self._known_keys.get(at) or root_key(self.block_size, *self._root_of[at])
+        for at in reversed(chain):
+            key = block_key(key, self.token_bytes(at), extras_bytes(self.extras(at)))
+            self._known_keys[at] = key
+        return key
 
-    def keys(self, parent_key: bytes, tokens: bytes, start_block: int, extra_keys: _Extras = _NO_EXTRAS) -> list[bytes]:
-        """The keys of the full blocks in ``tokens`` (int32 bytes), which start at block ``start_block``."""
-        width = 4 * self.block_size
-        keys = []
-        key = parent_key
-        if not extra_keys:
-            for start in range(0, len(tokens) - width + 1, width):
-                key = block_key(key, tokens[start : start + width])
-                keys.append(key)
-            return keys
-        for start in range(0, len(tokens) - width + 1, width):
-            extras = self.block_extras(extra_keys, start_block + start // width)
-            key = block_key(key, tokens[start : start + width], extras_bytes(extras))
-            keys.append(key)
-        return keys
+    def root(self, namespace: bytes, salt: bytes) -> NodeId:
+        """The root for a namespace and salt; 0 if nothing stands behind it."""
+        return NodeId(self._roots.get((namespace, salt), 0))
 
-    def block_extras(self, extra_keys: _Extras, block_index: int) -> dict[int, bytes]:
-        """The extra keys that fall into one block, by offset in the block."""
-        first = block_index * self.block_size
-        return {
-            position - first: value
-            for position, value in extra_keys.items()
-            if first <= position < first + self.block_size
-        }
+    def child(self, parent: int, tokens: bytes, extras: Extras = NO_EXTRAS) -> int:
+        """The full node behind ``parent`` with these tokens (int32 bytes of a whole block); 0 if there is none."""
+        only = self._only_child[parent]
+        if only != _MANY:
+            return only if only and self.token_bytes(only) == tokens and self.extras(only) == extras else 0
+        children = self._children[parent]
+        at = bisect_left(children, tokens, key=self.token_bytes)
+        while at < len(children) and self.token_bytes(children[at]) == tokens:
+            if self.extras(children[at]) == extras:
+                return children[at]
+            at += 1
+        return 0
 
-    def heads(self, parent: int, tokens: array[int], extras: _Extras = _NO_EXTRAS) -> Iterator[tuple[int, NodeId]]:
+    def walk(self, root: int, tokens: TokenArray, limit: int, extra_keys: Extras = NO_EXTRAS) -> list[int]:
+        """The longest chain of full nodes behind ``root`` with the first blocks of ``tokens``, at most ``limit``."""
+        data, width = tokens.tobytes(), self._width
+        wanted = tokens[: limit * self.block_size].reshape(limit, self.block_size)
+        with_extras = bool(extra_keys or self._extras)
+        nodes: list[int] = []
+        node, at, stride = root, 0, 8
+        while at < limit:
+            extras = block_extras(extra_keys, at, self.block_size) if with_extras else NO_EXTRAS
+            node = self.child(node, data[at * width : (at + 1) * width], extras)
+            if not node:
+                break
+            nodes.append(node)
+            at += 1
+            while at < limit and not with_extras:
+                count = self._run(node, wanted[at : at + stride])
+                nodes += range(node + 1, node + 1 + count)
+                node, at = node + count, at + count
+                if count < stride:
+                    break
+                stride *= 4
+        return nodes
+
+    def _run(self, node: int, wanted: TokenArray) -> int:
+        """How many of the following numbers are a chain behind ``node`` with the tokens ``wanted``."""
+        first = node + 1
+        end = min(first + len(wanted), self._top)
+        if first >= end or self._parent[first] != node:
+            return 0
+        count = end - first
+        same = self._parents[first:end] == np.arange(node, end - 1)
+        same &= self._fills[first:end] == self.block_size
+        if not same.all():
+            count = int(same.argmin())
+        equal = (self._token_rows[first : first + count] == wanted[:count]).ravel()
+        if not equal.all():
+            count = int(equal.argmin()) // self.block_size
+        return count
+
+    def heads(self, parent: int, tokens: TokenArray, extras: Extras = NO_EXTRAS) -> Iterator[tuple[int, NodeId]]:
         """Children of ``parent`` that start like ``tokens``: (shared tokens, node), longest first."""
-        found = [
-            (self._shared(node, tokens, extras), node)
-            for node in self._open_tails.get(parent, ())
-            if node not in self._in_step
-        ]
-        children = self._children.get(parent)
-        if children is None:
-            only = self._only_child[parent]
-            children = [only] if only else []
+        tails = self._open_tails.get(parent, ())
+        found = [(self._shared(node, tokens, extras), node) for node in tails if node not in self._in_step]
+        only = self._only_child[parent]
+        children = self._children[parent] if only == _MANY else [only] if only else []
         if extras or self._extras:
             # Extra keys are not part of the sort order: look at every child.
             found += [(self._shared(node, tokens, extras), node) for node in children]
             children = []
+        if not found and not children:
+            return
         yield from self._merge_heads(sorted(found), children, tokens)
 
     def _merge_heads(
-        self, found: list[tuple[int, int]], children: list[int], tokens: array[int]
+        self, found: list[tuple[int, int]], children: list[int], tokens: TokenArray
     ) -> Iterator[tuple[int, NodeId]]:
         """Walk outwards from where ``tokens`` would stand among the sorted children."""
-        right = bisect_left(children, tokens.tobytes(), key=self._sort_key)
+        right = bisect_left(children, tokens.tobytes(), key=self.token_bytes)
         left = right - 1
         while True:
             best_left = self._shared(children[left], tokens) if left >= 0 else 0
@@ -159,58 +169,77 @@ class PrefixIndex:
                 yield best, NodeId(children[left])
                 left -= 1
 
-    def _shared(self, node: int, tokens: array[int], extras: _Extras = _NO_EXTRAS) -> int:
+    def _shared(self, node: int, tokens: TokenArray, extras: Extras = NO_EXTRAS) -> int:
         """How many leading tokens (with equal extra keys) ``node`` shares with ``tokens``."""
-        count = 0
-        for mine, theirs in zip(self.tokens(node), tokens, strict=False):
-            if mine != theirs:
-                break
-            count += 1
-        own = self._extras.get(node, _NO_EXTRAS)
+        count = min(self._fill[node], len(tokens))
+        differ = self._token_rows[node, :count] != tokens[:count]
+        if differ.any():
+            count = int(differ.argmax())
+        own = self._extras.get(node, NO_EXTRAS)
         if own or extras:
             for offset in sorted({*own, *extras}):
                 if offset < count and own.get(offset) != extras.get(offset):
                     return offset
         return count
 
-    def _sort_key(self, node: int) -> bytes:
-        return self.tokens(node).tobytes()
-
     # ---- writing -------------------------------------------------------------------------------
 
     def open_root(self, namespace: bytes, salt: bytes) -> NodeId:
         """The root for a namespace and salt, with one use for the caller to :meth:`unpin`."""
-        key = root_key(self.block_size, namespace, salt)
-        root = self._by_key.get(key)
+        root = self._roots.get((namespace, salt))
         if root is None:
-            root = self._new_node(0)
-            self._key[root] = key
-            self._by_key[key] = root
+            root = self._roots[namespace, salt] = self._new_row()
+            self._root_of[root] = (namespace, salt)
         self._uses[root] += 1
         return NodeId(root)
-
-    def pin(self, node: int) -> None:
-        """Keep a node alive: it is the tip of a sequence."""
-        self._uses[node] += 1
 
     def unpin(self, node: int) -> None:
         """Undo one :meth:`pin`."""
         self._unuse(node)
 
-    def open_tail(self, parent: int, extras: _Extras = _NO_EXTRAS) -> NodeId:
+    def open_tail(self, parent: int, extras: Extras = NO_EXTRAS) -> NodeId:
         """A new empty tail behind ``parent``."""
-        node = self._new_node(parent)
+        node = self._new_row()
+        self._parent[node] = parent
         self._uses[parent] += 1
-        self._open_tails.setdefault(parent, []).append(node)
-        if extras:
-            self._extras[node] = dict(extras)
+        tails = self._open_tails.get(parent)
+        if tails is None:
+            self._open_tails[parent] = [node]
+        else:
+            tails.append(node)
+        self._open.add(node)
+        self.set_extras(node, extras)
         return NodeId(node)
 
-    def append(self, node: int, tokens: array[int]) -> None:
-        """Add tokens to an open tail; the caller keeps within the block."""
-        start = node * self.block_size + self._fill[node]
-        self._tokens[start : start + len(tokens)] = tokens
-        self._fill[node] += len(tokens)
+    def add_chain(self, parent: int, tokens: TokenArray, blocks: Sequence[BlockArray]) -> list[int]:
+        """A chain of full nodes behind ``parent``, which has no child with the first one's tokens; returns them.
+
+        Args:
+            parent: the node that the chain hangs on.
+            tokens: int32 [blocks, block_size].
+            blocks: per group, the block of each node.
+        """
+        count = len(tokens)
+        nodes = self._new_rows(count)
+        first, last = nodes[0], nodes[-1]
+        rows = slice(first, last + 1) if last - first == count - 1 else nodes
+        self._token_rows[rows] = tokens
+        self._fills[rows] = self.block_size
+        self._use_counts[rows] = len(blocks) + 1
+        self._uses[last] -= 1
+        self._parents[rows] = [parent, *nodes[:-1]]
+        self._columns["only"][rows] = [*nodes[1:], 0]
+        for group, held in enumerate(blocks):
+            self._blocks[group][rows] = held
+            self._nodes[group][held] = nodes
+        self._uses[parent] += 1
+        self._link(first, parent)
+        return nodes
+
+    def set_extras(self, node: int, extras: Extras) -> None:
+        """Give a new node its extra keys."""
+        if extras:
+            self._extras[node] = extras
 
     def begin_step(self, node: int) -> None:
         """A step writes into this open tail: it is not matched until the step ends, for its block may change hands."""
@@ -220,51 +249,56 @@ class PrefixIndex:
         """Undo :meth:`begin_step`, if it was called."""
         self._in_step.discard(node)
 
-    def cut(self, node: int, fill: int) -> None:
-        """Drop the tokens of an open tail behind the first ``fill``."""
-        self._fill[node] = fill
-
-    def attach(self, node: int, group: int, block: int) -> None:
-        """Say that ``block`` of ``group`` holds the node's tokens."""
-        self._block_of[group][node] = block
-        self._node_of[group][block] = node
-        self._uses[node] += 1
-
     def detach(self, group: int, block: int) -> None:
         """The block's content is gone (evicted or overwritten)."""
-        node = self._node_of[group][block]
+        node = self._node_at[group][block]
         if node:
-            self._node_of[group][block] = 0
-            self._block_of[group][node] = 0
+            self._node_at[group][block] = 0
+            self._block_at[group][node] = 0
             self._unuse(node)
 
-    def complete(self, node: int, key: bytes | None = None) -> NodeId:
-        """Give a full tail its key; returns the node that stands for it from now on.
+    def detach_all(self, group: int, blocks: list[int]) -> None:
+        """:meth:`detach` many blocks that were evicted; whole chains, given tail first, go as one piece."""
+        if len(blocks) < 8:
+            for block in blocks:
+                self.detach(group, block)
+            return
+        nodes = self._nodes[group][blocks]
+        self._nodes[group][blocks] = 0
+        self._blocks[group][nodes] = 0
+        self._use_counts[nodes] -= 1
+        parents = self._parents[nodes]
+        starts = np.flatnonzero(np.append(True, parents[:-1] != nodes[1:]))
+        # A node of a chain has no use left but the child before it in the chain.
+        left = np.ones(len(nodes), np.int32)
+        left[starts] = 0
+        whole = np.logical_and.reduceat(self._use_counts[nodes] == left, starts)
+        edges = [*starts.tolist(), len(nodes)]
+        for number, all_gone in enumerate(whole.tolist()):
+            chain = nodes[edges[number] : edges[number + 1]]
+            if all_gone:
+                self._remove_chain(chain)
+            else:
+                for node in chain.tolist():
+                    if self._parent[node]:  # not gone with an earlier one
+                        self._settle(node)
 
-        That is ``node`` itself, or the node that had the key before.
+    def complete(self, node: int) -> NodeId:
+        """Close a full tail; returns the node that stands for its tokens from now on.
+
+        That is ``node`` itself, or the full node with the same tokens and extra keys that was there before.
         """
-        if key is None:
-            parent_key = self._key[self._parent[node]] or b""
-            extras = extras_bytes(self._extras.get(node, _NO_EXTRAS))
-            key = block_key(parent_key, self._sort_key(node), extras)
-        known = self._by_key.setdefault(key, node)
-        if known == node:
-            self._key[node] = key
-            self._close(node)
-        return NodeId(known)
+        known = self.child(self._parent[node], self.token_bytes(node), self.extras(node))
+        if known:
+            return NodeId(known)
+        self.close_tail(node)
+        return NodeId(node)
 
     def close_tail(self, node: int) -> None:
-        """An open tail loses its sequence but stays findable."""
-        self._close(node)
-
-    def move_block(self, group: int, moves: Mapping[BlockId, BlockId], num_blocks: int) -> None:
-        """Rename blocks after a resize of the pool to ``num_blocks``."""
-        old, self._node_of[group] = self._node_of[group], array("i", bytes(4 * (num_blocks + 1)))
-        for block, node in enumerate(old):
-            if node:
-                new = moves.get(BlockId(block), BlockId(block))
-                self._node_of[group][new] = node
-                self._block_of[group][node] = new
+        """An open tail loses its sequence but stays findable: it moves among its parent's sorted children."""
+        parent = self._parent[node]
+        self._drop_open(node, parent)
+        self._link(node, parent)
 
     def check_valid(self, tips: Mapping[int, int]) -> None:
         """Assert every invariant of the class docstring; expensive, for tests.
@@ -272,88 +306,61 @@ class PrefixIndex:
         Args:
             tips: how many sequences have pinned each node.
         """
-        alive = set(range(1, len(self._key))) - set(self._unused)
+        alive = self.alive()
         needed = {node: tips.get(node, 0) for node in alive}
         for node in alive:
             assert self._uses[node] > 0
+            assert (node in self._root_of) == (self._parent[node] == 0)
             if self._parent[node]:
                 needed[self._parent[node]] += 1
-            for blocks in self._block_of:
-                needed[node] += blocks[node] != 0
+            for blocks in self._blocks:
+                needed[node] += int(blocks[node] != 0)
         assert all(needed[node] == self._uses[node] for node in alive)
-        for blocks, nodes in zip(self._block_of, self._node_of, strict=True):
-            attached = {block: node for node, block in enumerate(blocks) if block}
-            assert attached == {block: node for block, node in enumerate(nodes) if node}
-        keyed = {node: key for node, key in enumerate(self._key) if key is not None}
-        assert {key: node for node, key in keyed.items()} == self._by_key
-        for parent, children in self._children.items():
-            assert len(children) > 1 and not self._only_child[parent]
-            assert all(self._parent[child] == parent for child in children)
-            assert [*children] == sorted(children, key=self._sort_key)
+        for blocks, nodes in zip(self._blocks, self._nodes, strict=True):
+            attached = {int(block): node for node, block in enumerate(blocks) if block}
+            assert attached == {block: int(node) for block, node in enumerate(nodes) if node}
+            assert set(attached.values()) <= alive
+        assert self._open == {node for tails in self._open_tails.values() for node in tails} <= alive
+        children = dict(self._children)
+        for node in alive:
+            assert (self._only_child[node] == _MANY) == (node in self._children)
+            if self._only_child[node] > 0:
+                children[node] = [self._only_child[node]]
+        assert sum(map(len, children.values())) + len(self._open) + len(self._roots) == len(alive) == len(self)
+        for parent, found in children.items():
+            assert len(found) > 1 or parent not in self._children
+            assert all(self._parent[child] == parent and child not in self._open for child in found)
+            assert [*found] == sorted(found, key=self.token_bytes)
+            full = [(self.token_bytes(c), *self.extras(c).items()) for c in found if self.fill(c) == self.block_size]
+            assert len(set(full)) == len(full)
 
-    # ---- nodes ---------------------------------------------------------------------------------
+    def alive(self) -> set[int]:
+        """The nodes in the tree, roots included."""
+        return set(range(1, self._top)) - set(self._spare[: self._num_spare].tolist())
 
-    def _new_node(self, parent: int) -> int:
-        if self._unused:
-            node = self._unused.pop()
+    # ---- inside --------------------------------------------------------------------------------
+
+    def _link(self, node: int, parent: int) -> None:
+        only = self._only_child[parent]
+        if not only:
+            self._only_child[parent] = node
+            return
+        if only == _MANY:
+            children = self._children[parent]
         else:
-            node = len(self._key)
-            self._key.append(None)
-            for column in (self._parent, self._fill, self._uses, self._only_child, *self._block_of):
-                column.append(0)
-            self._tokens.extend(self._tokens[: self.block_size])
-        self._parent[node] = parent
-        self._fill[node] = 0
-        return node
-
-    def _close(self, node: int) -> None:
-        """Move an open tail among the sorted children of its parent."""
-        parent = self._parent[node]
-        tails = self._open_tails[parent]
-        tails.remove(node)
-        if not tails:
-            del self._open_tails[parent]
-        children = self._children.get(parent)
-        if children is None:
-            only = self._only_child[parent]
-            if not only:
-                self._only_child[parent] = node
-                return
-            self._only_child[parent] = 0
+            self._only_child[parent] = _MANY
             children = self._children[parent] = [only]
-        children.insert(bisect_left(children, self._sort_key(node), key=self._sort_key), node)
+        children.insert(bisect_left(children, self.token_bytes(node), key=self.token_bytes), node)
 
-    def _unuse(self, node: int) -> None:
-        self._uses[node] -= 1
-        while node and not self._uses[node]:
-            parent = self._parent[node]
-            self._remove(node, parent)
-            if parent:
-                self._uses[parent] -= 1
-            node = parent
-
-    def _remove(self, node: int, parent: int) -> None:
-        key = self._key[node]
-        if key is not None:
-            del self._by_key[key]
-            self._key[node] = None
-        if parent:
-            self._remove_child(node, parent)
-        self._extras.pop(node, None)
-        self._unused.append(node)
-
-    def _remove_child(self, node: int, parent: int) -> None:
+    def _unlink(self, node: int, parent: int) -> None:
         if self._only_child[parent] == node:
             self._only_child[parent] = 0
             return
-        tails = self._open_tails.get(parent)
-        if tails and node in tails:
-            tails.remove(node)
-            if not tails:
-                del self._open_tails[parent]
+        if node in self._open:
+            self._drop_open(node, parent)
             return
         children = self._children[parent]
-        at = bisect_left(children, self._sort_key(node), key=self._sort_key)
+        at = bisect_left(children, self.token_bytes(node), key=self.token_bytes)
         # Equal heads may stand side by side: two closed tails with the same tokens but other extra keys.
         while children[at] != node:
             at += 1
@@ -361,3 +368,45 @@ class PrefixIndex:
         if len(children) == 1:
             self._only_child[parent] = children[0]
             del self._children[parent]
+
+    def _drop_open(self, node: int, parent: int) -> None:
+        tails = self._open_tails[parent]
+        if len(tails) == 1:
+            del self._open_tails[parent]
+        else:
+            tails.remove(node)
+        self._open.discard(node)
+
+    def _unuse(self, node: int) -> None:
+        self._uses[node] -= 1
+        self._settle(node)
+
+    def _settle(self, node: int) -> None:
+        """Remove the node if nothing needs it, and then its parent, and so on."""
+        while node and not self._uses[node]:
+            parent = self._parent[node]
+            self._forget(node)
+            if parent:
+                self._unlink(node, parent)
+                self._uses[parent] -= 1
+            else:
+                del self._roots[self._root_of.pop(node)]
+            self._free_row(node)
+            node = parent
+
+    def _remove_chain(self, chain: BlockArray) -> None:
+        """Remove nodes, each the next one's only child; then settle what the last one hung on."""
+        if self._extras or self._known_keys:
+            for node in chain.tolist():
+                self._forget(node)
+        last = int(chain[-1])
+        parent = self._parent[last]
+        self._unlink(last, parent)
+        self._uses[parent] -= 1
+        self._use_counts[chain] = 0
+        self._free_rows(chain)
+        self._settle(parent)
+
+    def _forget(self, node: int) -> None:
+        self._extras.pop(node, None)
+        self._known_keys.pop(node, None)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from kvcache_core.errors import SequenceClosed, StepError
+from kvcache_core.keys import chain_keys, root_key
 from kvcache_core.types import SeqId
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Sequence:
 
     __slots__ = (
         "_cache",
+        "_prompt_keys",
         "closed",
         "cut_tail",
         "dropped",
@@ -38,8 +40,8 @@ class Sequence:
         "nodes",
         "num_cached",
         "prompt",
-        "prompt_keys",
         "root",
+        "salt",
         "tables",
     )
 
@@ -63,13 +65,24 @@ class Sequence:
         self.dropped: list[int] = [0] * num_groups
         """Per layer group: leading blocks that a window has dropped (null in the table)."""
         self.extra_keys: Mapping[int, bytes] = {}
+        self.salt = b""
         self.prompt = array("i")
-        self.prompt_keys: list[bytes] = []
+        """The tokens that the sequence was opened with."""
+        self._prompt_keys: list[bytes] | None = None
 
     @property
     def tip(self) -> int:
         """The node that the next token is written in or behind."""
         return self.nodes[-1] if self.nodes else self.root
+
+    @property
+    def prompt_keys(self) -> list[bytes]:
+        """The chained keys of the prompt's full blocks; made when first asked for."""
+        if self._prompt_keys is None:
+            size = self._cache.block_size
+            root = root_key(size, self.namespace, self.salt)
+            self._prompt_keys = chain_keys(root, self.prompt.tobytes(), size, self.extra_keys)
+        return self._prompt_keys
 
     @property
     def tokens(self) -> list[int]:

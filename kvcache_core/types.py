@@ -13,7 +13,18 @@ from typing import Any, NewType, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NULL_BLOCK", "BlockId", "Evicted", "IntArray", "NodeId", "SeqId", "TokenArray", "TokenIds"]
+__all__ = [
+    "NULL_BLOCK",
+    "BlockArray",
+    "BlockId",
+    "Evicted",
+    "IntArray",
+    "NodeId",
+    "SeqId",
+    "TokenArray",
+    "TokenIds",
+    "view",
+]
 
 BlockId = NewType("BlockId", int)
 NodeId = NewType("NodeId", int)
@@ -22,9 +33,15 @@ SeqId = NewType("SeqId", int)
 NULL_BLOCK = BlockId(0)
 """Stands in a block table for what a window has dropped; padding tokens write into its slots."""
 
+BlockArray: TypeAlias = NDArray[np.int32]
 TokenArray: TypeAlias = NDArray[np.int32]
 IntArray: TypeAlias = NDArray[np.int64]
 TokenIds: TypeAlias = "_Sequence[int] | NDArray[Any]"
+
+
+def view(array: NDArray[Any]) -> memoryview:
+    """The same memory, for single entries: a memoryview reads and writes one in half of an array's time."""
+    return memoryview(array)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

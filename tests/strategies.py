@@ -7,9 +7,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from kvcache_core import BlockCache, BlockLayout, LayerSpec, Sequence
-from kvcache_core.pool import BlockPool
 
-__all__ = ["common_head", "compute", "layouts", "lru_order", "prompts", "snapshot", "step"]
+__all__ = ["common_head", "compute", "layouts", "prompts", "snapshot", "step"]
 
 
 def prompts(*, vocab: int = 3, max_size: int = 14) -> st.SearchStrategy[list[int]]:
@@ -50,33 +49,25 @@ def common_head(left: Any, right: Any) -> int:
     return count
 
 
-def lru_order(pool: BlockPool) -> list[int]:
-    """The cached blocks, next to be evicted first."""
-    last = {block: at for at, block in enumerate(pool._releases)}
-    cached = [block for block in range(1, pool.num_blocks + 1) if pool.is_findable(block) and not pool.refs(block)]
-    return sorted(cached, key=last.__getitem__)
-
-
 def snapshot(core: BlockCache) -> dict[str, Any]:
     """All that a cache holds, to compare before and after a call that must change nothing."""
     index = core._index
     nodes = {
         node: (
-            key,
             index.parent(node),
             index.tokens(node).tolist(),
             dict(index.extras(node)),
+            index.is_open(node),
             index._uses[node],
         )
-        for node, key in enumerate(index._key)
-        if node and node not in index._unused
+        for node in index.alive()
     }
     pools = [
         {
             "blocks": [(pool.refs(b), pool.is_findable(b)) for b in range(1, pool.num_blocks + 1)],
             "counts": (pool.num_free, pool.num_cached, pool.num_live),
-            "lru": lru_order(pool),
-            "attached": [index._node_of[number][b] for b in range(1, pool.num_blocks + 1)],
+            "lru": pool.lru_order(),
+            "attached": [index.node(number, b) for b in range(1, pool.num_blocks + 1)],
         }
         for number, pool in enumerate(group.pool for group in core.groups)
     ]

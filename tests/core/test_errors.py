@@ -224,7 +224,7 @@ def test_out_of_room_keeps_what_others_have_reserved_ahead():
 
 
 def test_shrinking_below_the_live_blocks_has_the_numbers(core, seq):
-    held = core._moves.held(core._open.values())
+    held = core._room.held(core._open.values())
     full = _refused(core, CacheFull, "cannot shrink to 1 blocks", core.resize, 1)
     assert full.needed >= held and full.available == 1 and full.capacity == 24
 

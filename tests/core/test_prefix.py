@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from array import array
-
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcache_core.keys import block_extras, chain_keys, root_key
 from kvcache_core.prefix import PrefixIndex
 from tests.strategies import common_head
 
@@ -15,9 +15,13 @@ def _index(size=3, blocks=200):
     return PrefixIndex(size, [blocks])
 
 
+def _data(tokens):
+    return np.array(tokens, np.int32).tobytes()
+
+
 def _tail(index, parent, tokens, block, extras=None):
     node = index.open_tail(parent, extras or {})
-    index.append(node, array("i", tokens))
+    index.append(node, tokens)
     index.attach(node, 0, block)
     return node
 
@@ -28,7 +32,7 @@ def test_a_full_tail_is_found_by_its_key_and_a_second_one_is_handed_the_first():
     first = _tail(index, root, [1, 2, 3], 1)
     assert index.is_open(first) and index.key(first) is None
     assert index.complete(first) == first
-    assert index.find(index.key(first)) == first and not index.is_open(first)
+    assert index.child(root, _data([1, 2, 3])) == first and not index.is_open(first)
     second = _tail(index, root, [1, 2, 3], 2)
     assert index.complete(second) == first
     assert index.key(second) is None
@@ -41,11 +45,11 @@ def test_the_keys_of_a_prompt_are_the_keys_its_blocks_get():
     index = _index()
     root = index.open_root(b"n", b"s")
     extras = {1: b"x", 4: b"y"}
-    keys = index.keys(index.key(root), array("i", range(8)).tobytes(), 0, extras)
+    keys = chain_keys(root_key(3, b"n", b"s"), _data(range(8)), 3, extras)
     assert len(keys) == 2
     node = root
     for at, tokens in enumerate(([0, 1, 2], [3, 4, 5])):
-        node = _tail(index, node, tokens, at + 1, index.block_extras(extras, at))
+        node = _tail(index, node, tokens, at + 1, block_extras(extras, at, 3))
         index.complete(node)
         assert index.key(node) == keys[at]
     index.check_valid({root: 1})
@@ -71,7 +75,7 @@ def test_heads_come_longest_first_and_none_is_missed(runs, probe, with_extras, d
         elif data.draw(st.booleans()):
             index.close_tail(node)
         shared[node] = 0 if extras else common_head(run, probe)
-    found = list(index.heads(root, array("i", probe)))
+    found = list(index.heads(root, np.array(probe, np.int32)))
     counts = [count for count, _ in found]
     assert counts == sorted(counts, reverse=True)
     assert sorted((node, count) for count, node in found) == sorted((n, c) for n, c in shared.items() if c)
@@ -114,7 +118,7 @@ def test_nodes_are_used_again():
         index.detach(0, 1)
         assert node
         index.unpin(root)
-    assert len(index._key) <= 4
+    assert index._top <= 4
 
 
 def test_renamed_blocks_keep_their_nodes():
@@ -132,6 +136,6 @@ def test_a_tail_in_a_step_is_not_offered():
     root = index.open_root(b"", b"")
     node = _tail(index, root, [1, 2], 1)
     index.begin_step(node)
-    assert list(index.heads(root, array("i", [1, 2]))) == []
+    assert list(index.heads(root, np.array([1, 2], np.int32))) == []
     index.end_step(node)
-    assert list(index.heads(root, array("i", [1, 2]))) == [(2, node)]
+    assert list(index.heads(root, np.array([1, 2], np.int32))) == [(2, node)]

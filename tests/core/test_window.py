@@ -127,11 +127,9 @@ def test_the_longest_head_whose_last_window_is_there(window, size, missing, mixe
     core = _core([window, None] if mixed else [window], size)
     length = 10 * size
     seq = compute(core, list(range(length)))
+    nodes = list(seq.nodes)
     seq.close()
     number = 1 if mixed else 0
-    nodes = [core._index.find(key) for key in core.open([*range(length), 0]).prompt_keys]
-    for seq in list(core._open.values()):
-        seq.close()
     gone = set()
     for at in missing:
         block = core._index.block(number, nodes[at])

@@ -1,0 +1,66 @@
+"""What the parts of a step share: the index, the layer groups, and what happens when content is given up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from kvcache_core.match import LayerGroup
+from kvcache_core.prefix import PrefixIndex
+from kvcache_core.types import BlockId, Evicted
+
+__all__ = ["Blocks"]
+
+
+class Blocks:
+    """The prefix index and the pools of all layer groups, and who is told when a block loses its content."""
+
+    def __init__(self, index: PrefixIndex, groups: Sequence[LayerGroup]) -> None:
+        self.index = index
+        self.groups = groups
+        self.block_size = index.block_size
+        self.evicted_blocks = 0
+        self.on_evict: Callable[[list[Evicted]], None] | None = None
+
+    def take(self, number: int, count: int, after: int, evicted: list[Evicted]) -> list[int]:
+        """Blocks of group ``number`` for one sequence; what had to be evicted for them is noted in ``evicted``."""
+        taken, lost = self.groups[number].pool.take(count, after)
+        if lost:
+            self.evict(number, lost, evicted)
+        return taken
+
+    def evict(self, number: int, blocks: list[int], evicted: list[Evicted]) -> None:
+        """The pool has evicted ``blocks`` of group ``number``: forget what they held, note it in ``evicted``."""
+        if self.on_evict is not None:
+            evicted += self.describe(number, blocks)
+        self.index.detach_all(number, blocks)
+        self.evicted_blocks += len(blocks)
+
+    def describe(self, number: int, blocks: Sequence[int]) -> list[Evicted]:
+        """What findable blocks of group ``number`` hold."""
+        roots: dict[int, bytes] = {}
+        found = []
+        for block in blocks:
+            node = self.index.node(number, block)
+            found.append(
+                Evicted(number, BlockId(block), self.index.key(node), self.index.fill(node), self._root(node, roots))
+            )
+        return found
+
+    def announce(self, evicted: list[Evicted]) -> None:
+        """Tell :attr:`on_evict`, before anything can overwrite the blocks' bytes."""
+        if evicted and self.on_evict is not None:
+            self.on_evict(evicted)
+
+    def _root(self, node: int, roots: dict[int, bytes]) -> bytes:
+        """The key of the root above ``node``; ``roots`` remembers the way, for blocks of one chain."""
+        path = []
+        while node not in roots:
+            parent = self.index.parent(node)
+            if not parent:
+                roots[node] = self.index.key(node) or b""
+                break
+            path.append(node)
+            node = parent
+        root = roots[node]
+        roots.update(dict.fromkeys(path, root))
+        return root
