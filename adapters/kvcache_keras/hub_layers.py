@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from keras import ops
 
 from kvcache_core.errors import InvalidInput
 from kvcache_keras.attention import attention, select_outputs
+from kvcache_keras.context import local
 from kvcache_keras.routes import Route, here, positions_like
 
 __all__ = ["ROUTES"]
@@ -28,6 +30,17 @@ _Given = dict[str, Any]
 def _with_positions(layer: Any, original: Callable[..., Any], given: _Given) -> _Tensor:
     """Layers that take ``positions=`` and count from 0 without it."""
     return original(given["inputs"], positions=positions_like(given["inputs"]))
+
+
+def _rotary(layer: Any, original: Callable[..., Any], given: _Given) -> _Tensor:
+    """The layer's own turn, at the step's positions; sines are computed once for all layers that turn alike."""
+    x = given["inputs"]
+    shared = getattr(local.step, "shared", {})
+    config = {name: value for name, value in layer.get_config().items() if name not in ("name", "trainable")}
+    key = ("rotary", type(layer), repr(config), len(x.shape), x.shape[-1])
+    if key not in shared:
+        shared[key] = layer._compute_cos_sin_embedding(x, positions=positions_like(x))
+    return layer._apply_rotary_pos_emb(x, *shared[key])
 
 
 def _refuse_axes(layer: Any) -> str | None:
@@ -137,13 +150,21 @@ def _alibi_slopes(heads: int) -> Any:
 
 def _logits(layer: Any, original: Callable[..., Any], given: _Given) -> _Tensor:
     """The language model's last layer: only the rows that are wanted."""
+    x = given["inputs"]
     if not given.get("reverse"):
-        return original(given["inputs"])
-    return original(select_outputs(given["inputs"]), reverse=True)
+        return original(x)
+    hidden = select_outputs(x)
+    plain = layer.tie_weights and layer.reverse_dtype is None and layer.quantization_mode is None
+    if not plain or hidden.shape[1] != 1:
+        return original(hidden, reverse=True)
+    # The table on the left: for few rows, TensorFlow reads it several times faster there.
+    logits = tf.transpose(tf.matmul(ops.convert_to_tensor(layer.embeddings), hidden[:, 0], transpose_b=True))[:, None]
+    cap = layer.logit_soft_cap
+    return logits if cap is None else ops.tanh(logits / cap) * cap
 
 
 _POSITIONS = Route(_with_positions, attends=False)
-_ROTARY = Route(_with_positions, refuse=_refuse_axes, attends=False)
+_ROTARY = Route(_rotary, refuse=_refuse_axes, attends=False)
 
 
 def _attention(groups: str | None, window: Callable[[Any], int | None] = _no_window) -> Route:
