@@ -26,6 +26,7 @@ __all__ = ["AttachedCall"]
 _Tensor = Any
 _latest: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
 """The result of the latest cached call in each graph under construction."""
+_HIDDEN = "token 0 is padding to this model (mask_zero=True); say with lengths= where padding is"
 _ROW_ARGUMENTS = ("lengths", "mask", "attention_mask")
 
 
@@ -125,6 +126,8 @@ class _EagerCall:
         cache, rows = self.cache, self.rows
         cache.pending.roll_back_stale()
         cache.refresh()
+        if any(map(cache.hides, rows.tokens)):
+            return self.plain(_HIDDEN)
         for row in rows.tokens:
             cache.check_vocabulary(row)
         with not_recording(), cache.call(rows.tokens) as call:
@@ -218,7 +221,10 @@ class _GraphCall:
         rows, samples = self._rows(arguments)
         aligned = [rows.aligned(), rows.columns(), rows.last]
         cache.pending.roll_back_stale()
-        if cache.model is not self.model:
+        hidden = any(map(cache.hides, rows.tokens))
+        if hidden:
+            cache.bypass(rows.count, _HIDDEN)
+        if cache.model is not self.model or hidden:
             return [np.array(False), np.array(0), *aligned, *self._no_plan()]
         local.samples = b"".join(sample.tobytes() for sample in samples)
         try:

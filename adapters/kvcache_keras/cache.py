@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
@@ -16,9 +17,10 @@ from kvcache_core.frontend import FrontendCache, ModelSpec
 from kvcache_core.layout import BlockLayout
 from kvcache_core.plan import StepPlan
 from kvcache_keras.attach import AttachedCall
-from kvcache_keras.context import local, not_recording, stepping
+from kvcache_keras.context import local, not_recording, outside, stepping
 from kvcache_keras.fingerprint import Fingerprint
 from kvcache_keras.graphcall import PendingCalls
+from kvcache_keras.probe import check_in_parts
 from kvcache_keras.routes import Routes
 from kvcache_keras.runner import StepRunner, build, model_input, to_numpy
 from kvcache_keras.step import Recorder
@@ -59,6 +61,7 @@ class KVCache(FrontendCache):
         self.pending = PendingCalls()
         self._runner: StepRunner | None = None
         self._weights: Fingerprint | None = None
+        self._routes: Routes | None = None
         self._undo: list[Callable[[], Any]] = []
 
     def _prepare(self) -> None:
@@ -84,18 +87,22 @@ class KVCache(FrontendCache):
     def _describe(self, model: Any) -> ModelSpec:
         with tf.init_scope(), not_recording():
             build(model)
-            recorder = Recorder()
+            recorder = Recorder(masks_zero=self.masks_zero)
             with stepping(recorder):
                 output = model(model_input(model, tf.zeros((1, 1), tf.int32)), training=False)
         if not tf.is_tensor(output) or output.shape[:2] != (1, 1):
             found = tuple(output.shape) if tf.is_tensor(output) else type(output).__name__
             raise InvalidInput(f"a token model must map ids [B, T] to a tensor [B, T, ...], got {found} for [1, 1]")
+        layers, vocabulary = recorder.specs(), _vocab_size(model, output, recorder)
+        if self._routes is not None and self._routes.methods:
+            with tf.init_scope(), not_recording(), outside():
+                check_in_parts(model, vocabulary)
         return ModelSpec(
-            recorder.specs(),
+            layers,
             str(recorder.dtype),
             tuple(output.shape[2:]),
             dtype_name(output.dtype),
-            _vocab_size(model, output),
+            vocabulary,
         )
 
     def _new_store(self, layout: BlockLayout, num_blocks: int) -> TensorStore:
@@ -115,9 +122,14 @@ class KVCache(FrontendCache):
     def _install(self, model: Any) -> None:
         if not isinstance(model, keras.layers.Layer):
             raise InvalidType(f"kvcache_keras attaches a Keras model, got {type(model).__name__}")
-        routes, call = Routes(model), AttachedCall(self, model)
+        self._routes, call = Routes(model), AttachedCall(self, model)
         call.install()
-        self._undo = [routes.uninstall, call.uninstall]
+        self._undo = [self._routes.uninstall, call.uninstall]
+
+    @property
+    def masks_zero(self) -> bool:
+        """Whether token 0 is padding to the model (``mask_zero=True``): then it has no place in a sequence."""
+        return self._routes is not None and self._routes.masks_zero
 
     def at_detach(self, undo: Callable[[], Any]) -> None:
         """Have ``undo`` called when the model is detached."""
@@ -131,6 +143,19 @@ class KVCache(FrontendCache):
     def native_ids(self, ids: Any) -> Any:
         """Numpy ids [B, T] as the attached model takes them."""
         return model_input(self.model, tf.constant(ids, tf.int32))
+
+    def check_vocabulary(self, token_ids: Any) -> None:
+        """Raise InvalidInput for ids that the model's embedding does not have, or that are padding to it."""
+        super().check_vocabulary(token_ids)
+        if self.hides(token_ids):
+            raise InvalidInput(
+                "token 0 is padding to this model (mask_zero=True) and cannot stand in a sequence; leave padding out, "
+                "or say with lengths= or mask= where it is"
+            )
+
+    def hides(self, token_ids: Any) -> bool:
+        """Whether there is a token that the model itself hides."""
+        return self.masks_zero and not np.asarray(token_ids).all()
 
     # ---- running the model ---------------------------------------------------------------------
 
@@ -167,12 +192,12 @@ class KVCache(FrontendCache):
         return scores.numpy(), chosen.numpy()
 
 
-def _vocab_size(model: Any, output: _Tensor) -> int | None:
+def _vocab_size(model: Any, output: _Tensor, recorder: Recorder) -> int | None:
     """The number of token ids: what the first lookup of an absurd id says (on a CPU it fails), or the embedding
     as wide as the output, or the only embedding.
     """
     try:
-        with tf.init_scope(), stepping(Recorder()):
+        with tf.init_scope(), stepping(Recorder(masks_zero=recorder.masks_zero)):
             model(model_input(model, tf.fill((1, 1), tf.int32.max)), training=False)
     except tf.errors.InvalidArgumentError as error:
         found = re.search(r"is not in \[0, (\d+)\)", str(error))

@@ -163,8 +163,8 @@ def _logits(layer: Any, original: Callable[..., Any], given: _Given) -> _Tensor:
     return logits if cap is None else ops.tanh(logits / cap) * cap
 
 
-_POSITIONS = Route(_with_positions, attends=False)
-_ROTARY = Route(_rotary, refuse=_refuse_axes, attends=False)
+_POSITIONS = Route(_with_positions)
+_ROTARY = Route(_rotary, refuse=_refuse_axes)
 
 
 def _attention(groups: str | None, window: Callable[[Any], int | None] = _no_window) -> Route:
@@ -176,7 +176,7 @@ ROUTES: Mapping[str, Route] = {
     "SinePositionEncoding": _POSITIONS,
     "RotaryEmbedding": _ROTARY,
     "LlamaRotaryEmbedding": _ROTARY,
-    "Phi3SuScaledRotaryEmbedding": Route(_with_positions, refuse=_refuse_dynamic, attends=False),
+    "Phi3SuScaledRotaryEmbedding": Route(_with_positions, refuse=_refuse_dynamic),
     "LlamaAttention": _attention("num_key_value_groups"),
     "CachedMistralAttention": _attention("_num_key_value_groups", lambda layer: layer._sliding_window),
     "CachedMixtralAttention": _attention("num_key_value_groups", lambda layer: layer.sliding_window),
@@ -189,11 +189,9 @@ ROUTES: Mapping[str, Route] = {
     "GPTNeoXAttention": _attention(None),
     "CachedGemmaAttention": Route(_gemma, "_compute_attention"),
     "CachedGemma3Attention": Route(_gemma, "_compute_attention"),
-    "Gemma3DecoderBlock": Route(
-        lambda layer, original, given: original(**given), refuse=_refuse_bidirectional, attends=False
-    ),
+    "Gemma3DecoderBlock": Route(lambda layer, original, given: original(**given), refuse=_refuse_bidirectional),
     "CachedMultiHeadAttention": Route(_cached_multi_head),
     "BloomAttention": Route(_bloom),
     "FalconAttention": Route(_falcon),
-    "ReversibleEmbedding": Route(_logits, attends=False),
+    "ReversibleEmbedding": Route(_logits),
 }

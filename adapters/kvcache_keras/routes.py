@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from kvcache_core.errors import InvalidInput
@@ -32,13 +33,11 @@ class Route:
         serve: takes (layer, the layer's own method, its arguments by name); what the method returns inside a step.
         method: the method it stands in for.
         refuse: says why a layer of this class cannot be served exactly, or None.
-        attends: whether the layer is attention (or makes positions only).
     """
 
     serve: Callable[[Any, Callable[..., Any], dict[str, Any]], Any]
     method: str = "call"
     refuse: Callable[[Any], str | None] = lambda layer: None
-    attends: bool = True
 
 
 class RoutedMethod:
@@ -82,11 +81,12 @@ class Routes:
     def __init__(self, model: Any) -> None:
         self.methods: list[RoutedMethod] = []
         found = list(_routes_in(model))
+        layers = model._flatten_layers() if hasattr(model, "_flatten_layers") else ()
+        self.masks_zero = bool(found) and any(getattr(layer, "mask_zero", False) for layer in layers)
         for layer, route in found:
             reason = route.refuse(layer)
             if reason:
                 raise InvalidInput(f"layer {here(layer)} cannot be served from a cache exactly: {reason}")
-        self.attends = any(route.attends for _, route in found)
         self.methods = [RoutedMethod(layer, route) for layer, route in found]
 
     def uninstall(self) -> None:
@@ -131,34 +131,36 @@ def _check_self_attention(layer: Any, given: Mapping[str, Any]) -> None:
 
 
 def _masked(given: Mapping[str, Any]) -> bool:
-    names = ("attention_mask", "query_mask", "value_mask", "key_mask")
-    return any(given.get(name) is not None for name in names) or hasattr(given["query"], "_keras_mask")
+    """Whether a mask hides more than what comes later; that of ``mask_zero`` hides no token of a sequence."""
+    if given.get("attention_mask") is not None:
+        return True
+    names = ("query_mask", "value_mask", "key_mask")
+    implied = any(given.get(name) is not None for name in names) or _has_mask(given["query"])
+    return implied and not getattr(local.step, "masks_zero", True)
+
+
+def _has_mask(x: _Tensor) -> bool:
+    return getattr(x, "_keras_mask", None) is not None
 
 
 def _serve_multi_head(layer: Any, original: Callable[..., Any], given: dict[str, Any]) -> _Tensor:
-    _check_self_attention(layer, given)
-    x = given["query"]
-    y = attention(
-        layer._query_dense(x),
-        layer._key_dense(x),
-        layer._value_dense(x),
-        window=layer._sliding_window,
-        scale=layer._inverse_sqrt_key_dim,
-    )
-    return layer._output_dense(y * layer._gate_dense(x) if layer._use_gate else y)
+    return _serve(layer, given, layer._sliding_window, layer._inverse_sqrt_key_dim, gated=layer._use_gate)
 
 
 def _serve_grouped_query(layer: Any, original: Callable[..., Any], given: dict[str, Any]) -> _Tensor:
+    return _serve(layer, given, layer.sliding_window, layer._inverse_sqrt_head_dim, gated=layer.use_gate)
+
+
+def _serve(layer: Any, given: Mapping[str, Any], window: int | None, scale: float, *, gated: bool) -> _Tensor:
     _check_self_attention(layer, given)
-    x = given["query"]
-    y = attention(
-        layer._query_dense(x),
-        layer._key_dense(x),
-        layer._value_dense(x),
-        window=layer.sliding_window,
-        scale=layer._inverse_sqrt_head_dim,
-    )
-    return layer._output_dense(y * layer._gate_dense(x) if layer.use_gate else y)
+    mask = getattr(given["query"], "_keras_mask", None)
+    # With the mask on it, the layers inside would warn that they lose it.
+    x = given["query"] if mask is None else tf.identity(given["query"])
+    y = attention(layer._query_dense(x), layer._key_dense(x), layer._value_dense(x), window=window, scale=scale)
+    y = layer._output_dense(y * layer._gate_dense(x) if gated else y)
+    if mask is not None:
+        y._keras_mask = mask
+    return y
 
 
 def _refuse_other_axes(layer: Any) -> str | None:
@@ -166,10 +168,19 @@ def _refuse_other_axes(layer: Any) -> str | None:
     return None if axes in (None, (1,)) else f"it attends over axes {axes}, not over tokens"
 
 
+def _refuse_masking(layer: Any) -> str | None:
+    return "which tokens it hides depends on values, not on token ids"
+
+
 _KERAS = {
+    keras.layers.Masking: Route(lambda layer, original, given: original(**given), refuse=_refuse_masking),
     keras.layers.MultiHeadAttention: Route(_serve_multi_head, refuse=_refuse_other_axes),
     keras.layers.GroupQueryAttention: Route(_serve_grouped_query),
 }
+
+
+_COMPUTATION = ("call", "_compute_attention", "_compute_attention_mask", "_compute_causal_mask")
+"""What a subclass must have left as it was to be served as its base class is."""
 
 
 # ---- finding them ------------------------------------------------------------------------------------
@@ -190,7 +201,7 @@ def _route_of(kind: type) -> Route | None:
     for base in kind.__mro__:
         route = _KERAS.get(base) or _hub_route(base)
         if route is not None:
-            same = all(getattr(kind, name, None) is getattr(base, name, None) for name in ("call", route.method))
+            same = all(getattr(kind, name, None) is getattr(base, name, None) for name in {route.method, *_COMPUTATION})
             return route if same else None
     return None
 

@@ -207,7 +207,8 @@ class Recorder:
 
     last_only = False
 
-    def __init__(self) -> None:
+    def __init__(self, *, masks_zero: bool = False) -> None:
+        self.masks_zero = masks_zero
         self.positions = tf.zeros((1, 1), tf.int32)
         self.layers: dict[int, LayerSpec] = {}
         self.dtype: str | None = None

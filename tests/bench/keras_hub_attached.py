@@ -45,7 +45,9 @@ def second_request(ours: KerasHub, hub: KerasHub, runs: int) -> Row:
         return model.generate(shared + prompt(STEPS, seed=next(seeds)), TOTAL)[0]
 
     samples = alternate({"ours": lambda: first_token(ours), HUB: lambda: first_token(hub)}, runs, "shared prefix")
-    return Row.of(f"second request: 1,024 shared and {STEPS} own tokens", "s to first token", samples, target=(HUB, 0.15))
+    return Row.of(
+        f"second request: 1,024 shared and {STEPS} own tokens", "s to first token", samples, target=(HUB, 0.15)
+    )
 
 
 def new_length(ours: KerasHub, hub: KerasHub, runs: int) -> Row:

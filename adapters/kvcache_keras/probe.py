@@ -1,0 +1,171 @@
+"""Before a model of other people's layers is served: does computing it in parts give what computing it whole gives?
+
+Something besides attention may mix tokens (a convolution over time, a recurrent layer, a mean), or count positions from
+0 by itself. No list of layers can know; two short runs do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from kvcache_core.errors import InvalidInput
+from kvcache_keras.context import stepping
+from kvcache_keras.kernels import attend, causal_mask
+from kvcache_keras.routes import here
+from kvcache_keras.runner import model_input
+
+__all__ = ["check_in_parts"]
+
+_Tensor = Any
+_PARTS = (3, 1, 2)
+_TOLERANCE = {"float64": 1e-7, "float32": 3e-4}
+"""Largest difference, as a part of the largest output. Another position or a missing token is off by far more; half
+precision is allowed 0.05."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a layer: its inputs [B, T, ...] and its output [B, T, ...]."""
+
+    layer: Any
+    inputs: list[NDArray[Any]]
+    output: NDArray[Any]
+
+
+class _Part:
+    """Stands in for a step: the new tokens see those of the parts before."""
+
+    last_only = False
+    selected = False
+
+    def __init__(self, past: dict[int, tuple[_Tensor, _Tensor]], start: int, count: int) -> None:
+        self.positions = tf.range(start, start + count)[None]
+        self.last_index = tf.constant([count - 1])
+        self.shared: dict[Any, Any] = {}
+        self._past = past
+        self._layers = 0
+
+    def attend(
+        self,
+        q: _Tensor,
+        k: _Tensor,
+        v: _Tensor,
+        layer: int | None,
+        window: int | None,
+        scale: float | None,
+        softcap: float | None,
+    ) -> _Tensor:
+        """Attention over the past and the new tokens."""
+        layer = self._layers if layer is None else layer
+        self._layers += 1
+        if layer in self._past:
+            k, v = (tf.concat((old, new), axis=1) for old, new in zip(self._past[layer], (k, v), strict=True))
+        self._past[layer] = k, v
+        mask = causal_mask(self.positions, tf.range(k.shape[1])[None], window)
+        k, v = (tf.transpose(x, (2, 0, 1, 3)) for x in (k, v))
+        return attend(q, k, v, mask, scale, softcap)
+
+
+def check_in_parts(model: Any, vocab_size: int | None) -> None:
+    """Raise InvalidInput, naming the layer, if the model computed in parts is another one than computed whole."""
+    count = sum(_PARTS)
+    ids = np.random.default_rng(0).integers(1, max(2, vocab_size or 2), (1, count)).astype(np.int32)
+    whole, parts = _whole(model, ids), _in_parts(model, ids)
+    if _equal(whole, parts):
+        return
+    raise InvalidInput(
+        f"layer {_culprit(model, ids)} cannot be served from a cache exactly: computed in parts, its tokens get "
+        "another result. It mixes tokens outside attention, or counts positions from 0: take them from "
+        "kvcache_keras.positions() or PositionIds"
+    )
+
+
+def _whole(model: Any, ids: NDArray[Any]) -> NDArray[Any]:
+    return _array(model(model_input(model, tf.constant(ids)), training=False))
+
+
+def _in_parts(model: Any, ids: NDArray[Any]) -> NDArray[Any]:
+    past: dict[int, tuple[_Tensor, _Tensor]] = {}
+    outputs, start = [], 0
+    for count in _PARTS:
+        with stepping(_Part(past, start, count)):
+            tokens = tf.constant(ids[:, start : start + count])
+            outputs.append(_array(model(model_input(model, tokens), training=False)))
+        start += count
+    return np.concatenate(outputs, axis=1)
+
+
+def _equal(whole: NDArray[Any], parts: NDArray[Any]) -> bool:
+    if whole.shape != parts.shape:
+        return False
+    allowed = _TOLERANCE.get(str(whole.dtype), 0.05) * max(np.abs(whole).max(initial=0), 1e-30)
+    difference = np.abs(whole.astype(np.float64) - parts.astype(np.float64)).max(initial=0)
+    return bool(difference <= allowed)
+
+
+def _culprit(model: Any, ids: NDArray[Any]) -> str:
+    """The innermost layer that gets the same and gives something else, else the model."""
+    with _recorded(list(model._flatten_layers(include_self=False))) as calls:
+        _whole(model, ids)
+        whole = [call for call in calls if call.output.shape[1] == ids.shape[1]]
+        calls.clear()
+        _in_parts(model, ids)
+    seen: dict[int, int] = {}
+    for call in whole:
+        number = seen[id(call.layer)] = seen.get(id(call.layer), -1) + 1
+        own = [other for other in calls if other.layer is call.layer]
+        pieces = own[number :: max(1, len(own) // len(_PARTS))]
+        if len(pieces) == len(_PARTS) and _differs(call, pieces):
+            return here(call.layer)
+    return here(model)
+
+
+def _differs(whole: _Call, pieces: list[_Call]) -> bool:
+    """Whether equal inputs gave another output in pieces."""
+    if any(len(piece.inputs) != len(whole.inputs) for piece in pieces):
+        return False
+    together = [np.concatenate([piece.inputs[at] for piece in pieces], axis=1) for at in range(len(whole.inputs))]
+    output = np.concatenate([piece.output for piece in pieces], axis=1)
+    return all(map(_equal, whole.inputs, together)) and not _equal(whole.output, output)
+
+
+@contextmanager
+def _recorded(layers: list[Any]) -> Iterator[list[_Call]]:
+    """Note every call of these layers that maps tokens to tokens."""
+    calls: list[_Call] = []
+
+    def recorder(layer: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            output = call(*args, **kwargs)
+            if tf.is_tensor(output) and output.shape.rank and output.shape.rank > 1:
+                inputs = [
+                    _array(x) for x in (*args, *kwargs.values()) if tf.is_tensor(x) and x.shape[:2] == output.shape[:2]
+                ]
+                calls.append(_Call(layer, inputs, _array(output)))
+            return output
+
+        return recorded
+
+    before = [(layer, vars(layer).get("call")) for layer in layers]
+    try:
+        for layer in layers:
+            vars(layer)["call"] = recorder(layer, layer.call)
+        yield calls
+    finally:
+        for layer, call in before:
+            if call is None:
+                del vars(layer)["call"]
+            else:
+                vars(layer)["call"] = call
+
+
+def _array(x: _Tensor) -> NDArray[Any]:
+    result: NDArray[Any] = (tf.cast(x, tf.float32) if x.dtype in (tf.bfloat16, tf.float16) else x).numpy()
+    return result
