@@ -122,6 +122,20 @@ class BlockCache:
                 found += self._blocks.describe(number, blocks)
             return [one for one in found if one.key is not None]
 
+    def find_block(self, group: int, key: bytes) -> int:
+        """The block of a layer group that can be found under this key now, or 0."""
+        with self._lock:
+            node = self._index.find(key)
+            block = 0 if node is None else int(self._index.block(group, node))
+            return block if block and self.groups[group].pool.is_findable(block) else 0
+
+    def still_holds(self, found: Evicted) -> bool:
+        """Whether a block can still be found and holds what ``found`` says."""
+        with self._lock:
+            node = self._index.node(found.group, found.block)
+            findable = self.groups[found.group].pool.is_findable(found.block)
+            return findable and self._index.key(node) == found.key
+
     def count_as_cached(self, seq: Sequence) -> None:
         """What ``seq`` holds was found elsewhere (in a lower tier), not computed: count it as cached."""
         with self._lock:

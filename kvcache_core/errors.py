@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = [
     "BlockError",
+    "BlockRefused",
     "CacheFull",
     "InvalidInput",
     "InvalidType",
@@ -15,6 +16,7 @@ __all__ = [
     "SequenceClosed",
     "StaleSequence",
     "StepError",
+    "TierError",
     "UsageError",
 ]
 
@@ -49,6 +51,22 @@ class InvalidType(InvalidInput, TypeError):
 
 class BlockError(KVCacheError, ValueError):
     """A block id is unknown, was released twice, or is used after it was freed."""
+
+
+class BlockRefused(KVCacheError, ValueError):
+    """A stored block is damaged, foreign or of another version: reading it is a miss.
+
+    Attributes:
+        reason: ``"size"``, ``"foreign"``, ``"key"`` or ``"checksum"``.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(f"stored block refused ({reason}): {message}")
+        self.reason = reason
+
+
+class TierError(KVCacheError, RuntimeError):
+    """A tier cannot be set up, or did not answer. Later than at construction it is counted as a miss."""
 
 
 class SequenceClosed(KVCacheError, RuntimeError):

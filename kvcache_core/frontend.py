@@ -6,8 +6,9 @@ An adapter subclasses :class:`FrontendCache` and supplies the tensors; nothing h
 from __future__ import annotations
 
 import hashlib
-import re
+import os
 import threading
+import time
 import warnings
 import weakref
 from abc import ABC, abstractmethod
@@ -21,41 +22,22 @@ from numpy.typing import NDArray
 
 from kvcache_core.cache import BlockCache
 from kvcache_core.errors import CacheFull, InvalidInput, InvalidType, KVCacheWarning, UsageError
+from kvcache_core.identity import named_identity, weights_identity
 from kvcache_core.layout import BlockLayout, LayerSpec
 from kvcache_core.plan import StepPlan
 from kvcache_core.sampling import log_softmax
 from kvcache_core.sequence import Sequence as CachedSequence
+from kvcache_core.sizes import parse_memory
 from kvcache_core.stats import CacheStats
 from kvcache_core.store import KVStore
+from kvcache_core.tiering import TierStack, TierStats
+from kvcache_core.tiers import Tier
 from kvcache_core.types import TokenIds
 
 __all__ = ["PREFILL_CHUNK", "Call", "FrontendCache", "ModelSpec", "parse_memory"]
 
 PREFILL_CHUNK = 1024
 """Tokens of prompts in one step, over the whole batch. Larger ones are no faster, see docs/performance.md."""
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-
-
-def parse_memory(text: str | int) -> int:
-    """Bytes of ``"2GiB"``, ``"500 MB"`` or a plain number.
-
-    Raises:
-        InvalidInput: the text is no size, or not positive.
-
-    Example:
-        >>> parse_memory("2GiB"), parse_memory("1.5 kB")
-        (2147483648, 1500)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
-    unit = _UNITS.get(match[2].lower()) if match else None
-    if match is None or unit is None:
-        raise InvalidInput(f"memory must be a size like '2GiB', '500MB' or a number of bytes, got {text!r}")
-    size = int(float(match[1]) * unit)
-    if size < 1:
-        raise InvalidInput(f"memory must be more than zero, got {text!r}")
-    return size
 
 
 def check_chunk(chunk: int | None) -> int | None:
@@ -114,9 +96,14 @@ class FrontendCache(ABC):
         block_size: tokens per block.
         dtype: stored dtype of K and V; default is the model's.
         salt: only caches and sequences with equal salt share results.
+        tiers: where evicted blocks go and come back from, nearest first: ``"ram:4GiB"``,
+            ``"disk:PATH?max=20GiB"``, ``"valkey://HOST:PORT/DB?ttl=SECONDS"`` or tier objects.
+        promote: ``"auto"``: tiers are used while loading costs less than recomputing; or ``"always"``.
 
     Raises:
-        InvalidInput: a size, memory or block size that is no positive amount, or both size and memory.
+        InvalidInput: a size, memory or block size that is no positive amount, or both size and memory; a malformed
+            tier.
+        TierError: a tier cannot be opened or reached.
     """
 
     def __init__(
@@ -127,6 +114,8 @@ class FrontendCache(ABC):
         block_size: int = 16,
         dtype: Any = None,
         salt: bytes = b"",
+        tiers: Sequence[str | Tier] = (),
+        promote: str = "auto",
     ) -> None:
         if size is not None and memory is not None:
             raise InvalidInput(f"give size (blocks) or memory (bytes), not both; got {size!r} and {memory!r}")
@@ -150,12 +139,17 @@ class FrontendCache(ABC):
         self.spec: ModelSpec | None = None
         self._core: BlockCache | None = None
         self._store: Any = None
-        self._epoch = 0
+        self._epoch = b""
         self._bypassed_calls = 0
         self._bypassed_tokens = 0
         self._saved_output_tokens = 0
         self._warned: set[str] = set()
         self._prepare_lock = threading.RLock()
+        self._identified: tuple[bytes, bytes] | None = None
+        self._tiers: TierStack | None = None
+        if tiers:
+            self._tiers = TierStack([tiers] if isinstance(tiers, str) else tiers, promote=promote)
+            self._closer = weakref.finalize(self, self._tiers.close)
 
     # ---- what an adapter supplies --------------------------------------------------------------
 
@@ -220,6 +214,12 @@ class FrontendCache(ABC):
     def _weights_changed(self) -> bool:
         """Asked before every step, so it must be cheap: whether weights changed since :meth:`refresh`."""
         return False
+
+    def _parameters(self, model: Any) -> Iterator[tuple[str, NDArray[Any]]]:
+        """(dtype name, elements or their bits) of every distinct weight, for the portable identity."""
+        raise UsageError(
+            "this adapter does not hand over its weights: name them, attach(model, identity='name@version')"
+        )
 
     # ---- what an adapter may supply, for kvcache_core.testing -------------------------------------
 
@@ -336,7 +336,10 @@ class FrontendCache(ABC):
             num_blocks = self._blocks_in(layout) if self._memory is not None else self._size
             self._store = self._new_store(layout, int(num_blocks or 0))
             namespace = self._namespace(layout)
-            self._core = BlockCache(int(num_blocks or 0), layout=layout, namespace=namespace)
+            core = BlockCache(int(num_blocks or 0), layout=layout, namespace=namespace)
+            if self._tiers is not None:
+                self._tiers.bind(core, self._store)
+            self._core = core
 
     def _blocks_in(self, layout: BlockLayout, memory: int | None = None) -> int:
         memory = self._memory if memory is None else memory
@@ -359,19 +362,29 @@ class FrontendCache(ABC):
     def _namespace(self, layout: BlockLayout) -> bytes:
         """16 bytes that stand for the weights, the layout and how often the cache was invalidated."""
         digest = hashlib.blake2b(digest_size=16)
-        fields = [
-            (self.identity or "").encode(),
-            self._fingerprint(self.model),
-            layout.digest,
-            str(self._epoch).encode(),
-        ]
-        for field in fields:
+        if self._tiers is None:
+            weights = (self.identity or "").encode(), self._fingerprint(self.model)
+        else:
+            # Keys leave the process: the weights go by what any process makes of them.
+            weights = self._portable_identity(), b""
+        for field in (*weights, layout.digest, self._epoch):
             digest.update(len(field).to_bytes(8, "little") + field)
         return digest.digest()
 
+    def _portable_identity(self) -> bytes:
+        """The weights' identity for other processes; computed again only after a change was noticed."""
+        name = self.identity
+        mark = self._epoch + (self._fingerprint(self.model) if name is None else b"name " + name.encode())
+        known = self._identified
+        if known is None or known[0] != mark:
+            weights = weights_identity(self._parameters(self.model)) if name is None else named_identity(name)
+            known = self._identified = (mark, weights)
+        return known[1]
+
     def invalidate(self) -> None:
         """Never find anything again that was computed before now."""
-        self._epoch += 1
+        # Random, so that keys in a tier cannot be those of an earlier run either.
+        self._epoch = os.urandom(16)
         if self._core is not None and self.model is not None:
             self.refresh()
 
@@ -389,7 +402,20 @@ class FrontendCache(ABC):
     def open_fresh(self, token_ids: TokenIds, max_new_tokens: int = 0) -> CachedSequence:
         """:meth:`open` for a caller that has just called :meth:`refresh`."""
         self.check_vocabulary(token_ids)
-        return self.core.open(token_ids, self.salt, max_new_tokens=max_new_tokens)
+        return self._open(token_ids, max_new_tokens=max_new_tokens)
+
+    def _open(self, token_ids: TokenIds, **options: Any) -> CachedSequence:
+        """Open a sequence in the core; what the tiers hold behind its match comes up."""
+        core = self.core
+        seq = core.open(token_ids, self.salt, **options)
+        if self._tiers is not None and core.layout is not None and self._identified is not None:
+            self._tiers.serve(core.layout, seq.namespace, self._identified[1], self.salt)
+            try:
+                self._tiers.promote(seq, self.salt)
+            except BaseException:
+                seq.close()
+                raise
+        return seq
 
     def step(
         self,
@@ -534,12 +560,20 @@ class FrontendCache(ABC):
         """Plan a step; commit it when the block ends, roll it back when the block raises."""
         core = self.core
         plan = core.plan(seqs, token_ids)
+        started = time.perf_counter()
         try:
             yield plan
         except BaseException:
             core.rollback(plan)
             raise
         core.commit(plan)
+        self._computed(plan, started)
+
+    def _computed(self, plan: StepPlan, started: float) -> None:
+        """Tell the tiers what computing costs."""
+        if self._tiers is not None:
+            seconds = time.perf_counter() - started
+            self._tiers.computed(int(plan.counts.sum()), int(plan.counts.max()), seconds)
 
     @contextmanager
     def call(self, rows: Sequence[TokenIds]) -> Iterator[Call | None]:
@@ -551,7 +585,7 @@ class FrontendCache(ABC):
         outputs = self.outputs == "all"
         seqs: list[CachedSequence] = []
         try:
-            seqs.extend(core.open(row, self.salt, outputs=outputs) for row in rows)
+            seqs.extend(self._open(row, outputs=outputs) for row in rows)
             lengths = [len(row) for row in rows]
             try:
                 plan = core.plan(seqs, [row[seq.num_cached :] for row, seq in zip(rows, seqs, strict=True)])
@@ -559,12 +593,14 @@ class FrontendCache(ABC):
                 self.bypass(sum(lengths), f"the cache has no room for it ({full})")
                 yield None
                 return
+            started = time.perf_counter()
             try:
                 yield Call(seqs, plan, lengths)
             except BaseException:
                 core.rollback(plan)
                 raise
             core.commit(plan)
+            self._computed(plan, started)
             if outputs:
                 self._saved_output_tokens += sum(seq.num_cached for seq in seqs)
         finally:
@@ -637,6 +673,31 @@ class FrontendCache(ABC):
         if self._core is not None:
             self._core.clear()
 
+    def flush(self, timeout: float | None = None, *, everything: bool = False) -> bool:
+        """Wait until what was demoted so far is in its tier; whether it is.
+
+        Args:
+            timeout: seconds to wait at most.
+            everything: first demote all that can be found in the pool and in the RAM tier, down to the first tier
+                that outlives the process: another process then finds it.
+        """
+        return self._tiers is None or self._tiers.flush(timeout, everything=everything)
+
+    def close(self, timeout: float = 5.0) -> bool:
+        """Flush everything to the tiers within ``timeout`` seconds and let go of them; whether nothing was lost.
+
+        The cache itself goes on without tiers. Also done when the cache is forgotten or the process ends.
+        """
+        if self._tiers is None:
+            return True
+        self._closer.detach()
+        tiers, self._tiers = self._tiers, None
+        return tiers.close(timeout)
+
+    def tier_stats(self) -> list[TierStats]:
+        """What each tier has done for this cache, nearest first."""
+        return [] if self._tiers is None else [replace(stats) for stats in self._tiers.stats]
+
     def stats(self) -> CacheStats:
         """Counters and contents; zeros before the first use."""
         if self._core is None:
@@ -648,6 +709,7 @@ class FrontendCache(ABC):
             bypassed_calls=self._bypassed_calls,
             bypassed_tokens=self._bypassed_tokens,
             saved_output_tokens=self._saved_output_tokens,
+            **({} if self._tiers is None else self._tiers.counters()),
         )
 
 

@@ -27,6 +27,10 @@ class CacheStats:
         bypassed_calls: model calls inside ``with cache:`` that were computed as outside.
         bypassed_tokens: tokens of those calls.
         saved_output_tokens: tokens whose stored output was returned instead of computed.
+        demoted_blocks: evicted blocks that went to a lower tier.
+        dropped_blocks: evicted blocks that could not, because too many were waiting to be written.
+        promoted_blocks: blocks that came back from a lower tier.
+        promoted_tokens: their tokens; part of ``hit_tokens``.
     """
 
     hit_tokens: int = 0
@@ -43,6 +47,10 @@ class CacheStats:
     bypassed_calls: int = 0
     bypassed_tokens: int = 0
     saved_output_tokens: int = 0
+    demoted_blocks: int = 0
+    dropped_blocks: int = 0
+    promoted_blocks: int = 0
+    promoted_tokens: int = 0
 
     @property
     def hit_ratio(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -112,6 +112,14 @@ class KVCache(FrontendCache):
         if local.samples is not None:
             return local.samples
         return self.weights_of(model).digest()
+
+    def _parameters(self, model: Any) -> Iterator[tuple[str, NDArray[Any]]]:
+        for weight in {id(weight): weight for weight in model.weights}.values():
+            with tf.init_scope():
+                values = np.asarray(keras.ops.convert_to_numpy(weight))
+            dtype = keras.backend.standardize_dtype(weight.dtype)
+            if "float" in dtype:
+                yield dtype, values.view(f"u{values.dtype.itemsize}")
 
     def weights_of(self, model: Any) -> Fingerprint:
         """What notices that the model's weights change."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,12 @@ class KVCache(FrontendCache):
 
     def _new_store(self, layout: BlockLayout, num_blocks: int) -> TensorStore:
         return TensorStore(layout, num_blocks, device_of(self.model))
+
+    def _parameters(self, model: nn.Module) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+        for tensor in {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+                yield str(tensor.dtype).removeprefix("torch."), tensor.detach().cpu().view(bits).numpy()
 
     def _fingerprint(self, model: nn.Module) -> bytes:
         # A version counter moves with every in-place change; a replaced tensor has another address.

@@ -15,9 +15,11 @@ CORE, ADAPTERS = "kvcache_core", ("kvcache_torch", "kvcache_keras")
 # all of them; no module imports `__init__`.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("sizes", "identity"),
     ("types",),
     ("keys", "stats"),
     ("inputs", "layout"),
+    ("blockformat",),
     ("runs", "nodes"),
     ("pool", "prefix"),
     ("match",),
@@ -29,6 +31,10 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("transaction",),
     ("cache",),
     ("store",),
+    ("tiers",),
+    ("demotion",),
+    ("tiering",),
+    ("tier_disk", "tier_valkey"),
     ("attention",),
     ("sampling",),
     ("frontend",),
@@ -52,6 +58,8 @@ TYPE_ONLY: dict[tuple[str, str], str] = {
 # Modules that need an extra. No other module may import them, so nobody pays for what they did not ask for.
 OPTIONAL: dict[str, frozenset[str]] = {
     "cli": frozenset({"typer", "rich"}),
+    "tier_disk": frozenset({"lmdb"}),
+    "tier_valkey": frozenset({"valkey"}),
 }
 
 

@@ -1,0 +1,54 @@
+"""The reference driver's backends with tiers below them, in both frameworks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kvcache_keras
+import kvcache_torch
+from tests.adapters.keras import models as keras_models
+from tests.adapters.torch import models as torch_models
+from tests.reference_decoder import DecoderConfig, Weights
+
+__all__ = ["BACKENDS", "tiered"]
+
+
+class OpensThroughTiers:
+    """A cache's bookkeeping as the driver sees it: opening a sequence looks into the tiers too."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    def open(self, tokens: list[int], salt: bytes) -> Any:
+        self._cache.salt = salt
+        return self._cache._open(tokens)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache.core, name)
+
+
+class TieredTorch(torch_models.TorchBackend):
+    def __init__(self, config: DecoderConfig, weights: Weights, num_blocks: int, tiers: Any) -> None:
+        super().__init__(config, weights, num_blocks)
+        self.cache.detach()
+        self.cache = kvcache_torch.KVCache(num_blocks, block_size=config.block_size, tiers=tiers, promote="always")
+        self.cache.attach(self.model, outputs="last")
+        self.core = OpensThroughTiers(self.cache)
+
+
+class TieredKeras(keras_models.KerasBackend):
+    def __init__(self, config: DecoderConfig, weights: Weights, num_blocks: int, tiers: Any) -> None:
+        super().__init__(config, weights, num_blocks)
+        self.cache.detach()
+        self.cache = kvcache_keras.KVCache(num_blocks, block_size=config.block_size, tiers=tiers, promote="always")
+        self.cache.attach(self.model, outputs="last")
+        self.core = OpensThroughTiers(self.cache)
+        keras_models.fill_with_nan(self.cache.store)
+
+
+BACKENDS = {"torch": TieredTorch, "keras": TieredKeras}
+
+
+def tiered(framework: str, config: DecoderConfig, weights: Weights, num_blocks: int, tiers: Any) -> Any:
+    """A backend of ``framework`` whose evicted blocks go to ``tiers``."""
+    return BACKENDS[framework](config, weights, num_blocks, tiers)

@@ -1,0 +1,350 @@
+"""The tier stack over the numpy store: what goes down, what comes up, and what must not."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvcache_core import BlockCache, BlockLayout, InvalidInput, InvalidType, KVCacheWarning, LayerSpec
+from kvcache_core.store import NumpyStore
+from kvcache_core.tiering import TierStack, block_tier_key
+from kvcache_core.tiers import Item, RamTier, Tier, open_tier
+
+SIZE = 4
+LAYOUT = BlockLayout([LayerSpec.attention(2, 4), LayerSpec.attention(1, 4, window=6)], SIZE)
+WEIGHTS = b"w" * 16
+
+
+class Cache:
+    """A block cache whose "model" writes at each slot a value that follows from the tokens so far."""
+
+    def __init__(self, num_blocks: int, tiers: Any, *, namespace: bytes = b"n", **options: Any) -> None:
+        self.core = BlockCache(num_blocks, layout=LAYOUT, namespace=namespace)
+        self.store = NumpyStore(LAYOUT, num_blocks)
+        self.stack = TierStack(tiers, **{"promote": "always", **options})
+        self.stack.bind(self.core, self.store)
+
+    def open(self, prompt: list[int], salt: bytes = b"") -> Any:
+        seq = self.core.open(prompt, salt)
+        self.stack.serve(LAYOUT, self.core.namespace, WEIGHTS, salt)
+        self.stack.promote(seq, salt)
+        return seq
+
+    def run(self, prompt: list[int], salt: bytes = b"") -> int:
+        """Compute what is not cached, check every slot that the sequence can read, close; returns the tokens cached."""
+        seq = self.open(prompt, salt)
+        cached = seq.num_cached
+        plan = self.core.plan([seq], [prompt[cached:]])
+        self.store.apply_copies(plan)
+        for layer in range(2):
+            slots = plan.groups[layer].slots[0]
+            for name, spec in (("k", LAYOUT.layers[layer].arrays[0]), ("v", LAYOUT.layers[layer].arrays[1])):
+                values = [content(prompt[: cached + at + 1], layer, name) for at in range(len(slots))]
+                wide = np.broadcast_to(np.array(values)[:, None, None], (len(slots), spec.heads, spec.size))
+                self.store.write(layer, name, slots, wide.astype(np.float32))
+        self.core.commit(plan)
+        self.check(seq, prompt)
+        self.core.close(seq)
+        return cached
+
+    def check(self, seq: Any, prompt: list[int]) -> None:
+        for layer in range(2):
+            for position in range(seq.dropped[layer] * SIZE, seq.length):
+                slot = seq.tables[layer][position // SIZE] * SIZE + position % SIZE
+                for name in ("k", "v"):
+                    found = self.store.read(layer, name, np.array([slot]))
+                    assert (found == np.float32(content(prompt[: position + 1], layer, name))).all()
+        self.core.check_valid()
+
+
+def content(tokens: list[int], layer: int, name: str) -> float:
+    return float(hash((tuple(tokens), layer, name)) % 100_003)
+
+
+def prompt(seed: int, length: int = 21) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 1000, length).tolist()
+
+
+# ---- down and up ------------------------------------------------------------------------------------------------
+
+
+def test_what_was_evicted_comes_back():
+    cache = Cache(6, [RamTier(1 << 20)])
+    one, other = prompt(1), prompt(2)
+    assert [cache.run(one), cache.run(other)] == [0, 0]
+    assert cache.stack.flush(5)
+    assert cache.run(one) == 20
+    stats = cache.core.stats()
+    assert (stats.hit_tokens, stats.miss_tokens) == (20, 43)
+    assert cache.stack.promoted_tokens == 20
+    assert cache.stack.stats[0].hits == 10
+    cache.stack.close()
+
+
+def test_what_waits_in_the_queue_is_found():
+    held = threading.Event()
+
+    class Slow(RamTier):
+        def put_many(self, items):
+            held.wait(10)
+            return super().put_many(items)
+
+    cache = Cache(6, [Slow(1 << 20)])
+    cache.run(prompt(1))
+    cache.run(prompt(2))
+    assert cache.run(prompt(1)) == 20
+    held.set()
+    assert cache.stack.close(5)
+
+
+def test_an_order_of_tiers_passes_down_what_is_dropped():
+    sizes = [12_000, 1 << 20]
+    tiers = [RamTier(size) for size in sizes]
+    cache = Cache(6, tiers)
+    prompts = [prompt(seed) for seed in range(6)]
+    for one in prompts:
+        cache.run(one)
+        assert cache.stack.flush(5)
+    assert tiers[0].nbytes() <= sizes[0]
+    assert tiers[1].nbytes()
+    assert [cache.run(one) for one in prompts] == [20] * 6
+    assert cache.stack.stats[1].hits == 60
+    cache.stack.close()
+
+
+def test_a_longer_prompt_continues_a_promoted_one():
+    cache = Cache(8, [RamTier(1 << 20)])
+    cache.run(prompt(1, 20))
+    cache.run(prompt(2, 28))
+    cache.stack.flush(5)
+    assert cache.run([*prompt(1, 20), 7, 8, 9]) == 20
+    cache.stack.close()
+
+
+def test_a_match_that_ends_inside_a_block_is_continued_too():
+    cache = Cache(10, [RamTier(1 << 20)])
+    one = prompt(1)
+    cache.run(one)
+    cache.run(prompt(2, 37))  # evicts all of it
+    cache.stack.flush(5)
+    cache.run([*one[:2], 999])  # two of its tokens are in the pool again, as a tail
+    assert cache.run(one) == 20
+    cache.stack.close()
+
+
+def test_no_room_is_no_error():
+    cache = Cache(6, [RamTier(1 << 20)])
+    cache.run(prompt(1))
+    cache.run(prompt(2))
+    cache.stack.flush(5)
+    held = cache.open(prompt(3))
+    cache.core.commit(cache.core.plan([held], [prompt(3)]))
+    seq = cache.open(prompt(1))
+    assert seq.num_cached == 0
+    cache.core.check_valid()
+    cache.stack.close()
+
+
+# ---- never another's --------------------------------------------------------------------------------------------
+
+
+def test_salts_and_namespaces_never_meet():
+    tier = RamTier(1 << 20)
+    first = Cache(6, [tier])
+    first.run(prompt(1), b"alice")
+    first.run(prompt(2), b"alice")
+    first.stack.flush(5)
+    assert len(list(tier.items())) > 0
+    assert Cache(6, [tier]).run(prompt(1), b"bob") == 0
+    assert Cache(6, [tier]).run(prompt(1)) == 0
+    assert Cache(6, [tier], namespace=b"other weights").run(prompt(1), b"alice") == 0
+    assert Cache(6, [tier]).run(prompt(1), b"alice") == 20
+
+
+def test_a_key_made_by_an_adversary_returns_nothing():
+    """Values moved under the keys that another tenant will ask for do not verify: they say whose they are."""
+    tier = RamTier(1 << 20)
+    attacker = Cache(6, [tier])
+    attacker.run(prompt(1), b"attacker")
+    attacker.run(prompt(2), b"attacker")
+    attacker.stack.flush(5)
+    stolen = [tier.get_many([item.key])[0] for item in tier.items()]
+    victim = Cache(6, [tier])
+    seq = victim.core.open(prompt(1), b"victim")
+    tier.put_many([(block_tier_key(group, key), stolen[0]) for key in seq.prompt_keys for group in range(2)])
+    victim.core.close(seq)
+    with pytest.warns(KVCacheWarning, match="does not verify"):
+        assert victim.run(prompt(1), b"victim") == 0
+
+
+def test_a_writer_without_the_secret_cannot_poison():
+    tier = RamTier(1 << 20)
+    outsider = Cache(6, [tier], secret=b"")
+    outsider.run(prompt(1))
+    outsider.run(prompt(2))
+    outsider.stack.flush(5)
+    insider = Cache(6, [tier], secret=b"s")
+    with pytest.warns(KVCacheWarning, match="does not verify"):
+        assert insider.run(prompt(1)) == 0
+    assert insider.stack.stats[0].refused == 10
+    insider.run(prompt(2))  # evicts the first one: now it is written again, signed
+    insider.stack.flush(5)
+    assert insider.run(prompt(1)) == 20
+    for one in (outsider, insider):
+        one.stack.close()
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "noise", "empty", "swap"])
+def test_damaged_and_foreign_values_are_misses(damage):
+    tier = RamTier(1 << 20)
+    cache = Cache(6, [tier])
+    cache.run(prompt(1))
+    cache.run(prompt(2))
+    cache.stack.flush(5)
+    items = [(item.key, bytes(tier.get_many([item.key])[0] or b"")) for item in tier.items()]
+    spoil = {
+        "flip": lambda value: value[:300] + bytes([value[300] ^ 1]) + value[301:],
+        "cut": lambda value: value[:-1],
+        "noise": lambda value: np.random.default_rng(0).bytes(len(value)),
+        "empty": lambda value: b"",
+        "swap": lambda value: items[0][1],
+    }[damage]
+    tier.put_many([(key, spoil(value)) for key, value in items])
+    with pytest.warns(KVCacheWarning, match="does not verify"):
+        assert cache.run(prompt(1)) == 0
+    assert cache.run(prompt(2)) in (0, 20)  # said once: a second warning would be an error here
+    assert cache.stack.stats[0].refused >= 9
+    cache.stack.flush(5)
+    assert cache.run(prompt(1)) == 20, "written anew, over the damaged ones"
+    cache.stack.close()
+
+
+# ---- tiers that fail --------------------------------------------------------------------------------------------
+
+
+class Broken(Tier):
+    name = "broken"
+
+    def get_many(self, keys):
+        raise OSError("gone")
+
+    def put_many(self, items: list[Item]) -> list[Item]:
+        raise OSError("gone")
+
+
+def test_a_broken_tier_is_a_counted_miss_and_one_warning():
+    lower = RamTier(1 << 20)
+    cache = Cache(6, [Broken(), lower])
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for turn in range(8):
+            assert cache.run(prompt(turn % 2)) == (20 if turn > 1 else 0)  # the tier below serves
+            cache.stack.flush(5)
+    assert sorted({str(one.message).split("(")[0] for one in warned}) == [
+        "tier broken did not answer ",
+        "tier broken did not take 10 blocks ",
+    ]
+    assert len(warned) == 2
+    assert cache.stack.stats[0].errors > 8
+    cache.stack.close()
+
+
+def test_a_full_queue_drops_and_counts():
+    held = threading.Event()
+
+    class Stuck(RamTier):
+        def put_many(self, items):
+            held.wait(20)
+            return super().put_many(items)
+
+    block = LAYOUT.packed_bytes(0)
+    cache = Cache(6, [Stuck(1 << 20)], queue_bytes=3 * block)
+    started = time.monotonic()
+    for seed in range(6):
+        cache.run(prompt(seed))
+    assert time.monotonic() - started < 5, "a step never waits"
+    assert cache.stack.dropped_blocks > 0
+    assert cache.stack.demoted_blocks <= 4
+    assert not cache.stack.flush(0.05)
+    held.set()
+    assert cache.stack.close(5)
+
+
+def test_closing_has_a_time_limit():
+    class Stuck(RamTier):
+        def put_many(self, items):
+            time.sleep(1)
+            return super().put_many(items)
+
+    cache = Cache(6, [Stuck(1 << 20)])
+    cache.run(prompt(1))
+    cache.run(prompt(2))
+    started = time.monotonic()
+    assert not cache.stack.close(0.1)
+    assert time.monotonic() - started < 0.6
+
+
+def test_no_thread_is_left_behind():
+    before = threading.active_count()
+    for _ in range(3):
+        cache = Cache(6, [RamTier(1 << 20)])
+        cache.run(prompt(1))
+        cache.run(prompt(2))
+        cache.stack.close()
+    assert threading.active_count() == before
+
+
+def test_a_tier_that_costs_more_than_computing_is_left_out():
+    class Slow(RamTier):
+        def get_many(self, keys):
+            time.sleep(0.02)
+            return super().get_many(keys)
+
+    cache = Cache(6, [Slow(1 << 20)], promote="auto")
+    cache.run(prompt(1))
+    cache.run(prompt(2))
+    cache.stack.flush(5)
+    cache.stack.computed(1000, 1000, 0.001)
+    assert cache.run(prompt(1)) == 20, "nothing is known about its cost yet"
+    cache.stack.flush(5)
+    assert cache.run(prompt(2)) == 0
+    assert cache.stack.stats[0].skipped == 1
+    assert cache.stack.stats[0].seconds_per_mib > 0
+    cache.stack.computed(1000, 1000, 1000.0)
+    for _ in range(20):
+        cache.stack.computed(1000, 1000, 1000.0)
+    cache.stack.flush(5)
+    assert cache.run(prompt(1)) == 20, "computing has become dear"
+    cache.stack.close()
+
+
+# ---- bad input --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tier", "message"),
+    [
+        ("ram", "unknown scheme"),
+        ("ram:", "needs its size: 'ram:4GiB'"),
+        ("ram:lots", "tier 'ram:lots': memory must be a size"),
+        ("ram:-1", "tier 'ram:-1'"),
+        ("ram:0", "more than zero"),
+        ("floppy:a", "unknown scheme; there are ram:SIZE"),
+        ("", "unknown scheme"),
+    ],
+)
+def test_a_bad_url_is_one_clear_error(tier, message):
+    with pytest.raises(InvalidInput, match=message):
+        open_tier(tier)
+
+
+def test_what_is_no_tier():
+    with pytest.raises(InvalidType, match="a URL or a"):
+        open_tier(5)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match="promote must be 'auto' or 'always'"):
+        TierStack(["ram:1kB"], promote="sometimes")
