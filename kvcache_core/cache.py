@@ -122,12 +122,16 @@ class BlockCache:
                 found += self._blocks.describe(number, blocks)
             return [one for one in found if one.key is not None]
 
-    def find_block(self, group: int, key: bytes) -> int:
-        """The block of a layer group that can be found under this key now, or 0."""
+    def prompt_blocks(self, seq: Sequence) -> list[list[int]]:
+        """Per layer group: the block of each full block of the prompt's tokens that the index knows, 0 for a gap.
+
+        More than the sequence was matched with when another layer group has lost its part.
+        """
         with self._lock:
-            node = self._index.find(key)
-            block = 0 if node is None else int(self._index.block(group, node))
-            return block if block and self.groups[group].pool.is_findable(block) else 0
+            self._check_mine(seq)
+            prompt = np.frombuffer(seq.prompt, np.int32)
+            nodes = self._index.walk(seq.root, prompt, len(prompt) // self.block_size, seq.extra_keys)
+            return [self._index.blocks(number, nodes).tolist() for number in range(len(seq.tables))]
 
     def still_holds(self, found: Evicted) -> bool:
         """Whether a block can still be found and holds what ``found`` says."""

@@ -411,7 +411,7 @@ class FrontendCache(ABC):
         if self._tiers is not None and core.layout is not None and self._identified is not None:
             self._tiers.serve(core.layout, seq.namespace, self._identified[1], self.salt)
             try:
-                self._tiers.promote(seq, self.salt)
+                self._tiers.promote(seq)
             except BaseException:
                 seq.close()
                 raise

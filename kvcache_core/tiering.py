@@ -230,27 +230,27 @@ class TierStack:
             return
         stats.errors += 1
         stats.lost += len(items)
-        self._warn(f"tier {stats.name} did not take {len(items)} blocks ({error})", "write " + stats.name)
+        self._warn(f"tier {stats.name} did not take blocks ({error})", "write " + stats.name)
 
     # ---- up ------------------------------------------------------------------------------------
 
-    def promote(self, seq: CachedSequence, salt: bytes) -> None:
+    def promote(self, seq: CachedSequence) -> None:
         """Go on with a prefix match below the pool: ``seq`` then holds what was found, as if it had been cached."""
         core = self._core
         if core is None or seq.closed or seq.in_step:
             return
         while True:
-            wanted = self._next_blocks(seq, core, salt)
+            wanted = self._next_blocks(seq, core)
             if not wanted or not self._promote_chunk(core, seq, wanted):
                 return
 
-    def _next_blocks(self, seq: CachedSequence, core: BlockCache, salt: bytes) -> list[list[_Wanted]]:
+    def _next_blocks(self, seq: CachedSequence, core: BlockCache) -> list[list[_Wanted]]:
         """What comes behind the tokens that ``seq`` holds: per block, one entry per layer group."""
         size = core.block_size
         first, last = seq.length // size, (len(seq.prompt) - 1) // size
         if first >= last:
             return []
-        codecs = self._roots.get(root_key(size, seq.namespace, salt))
+        codecs = self._roots.get(root_key(size, seq.namespace, seq.salt))
         if codecs is None:
             return []
         used = range(len(seq.tables))
@@ -262,7 +262,7 @@ class TierStack:
 
     def _promote_chunk(self, core: BlockCache, seq: CachedSequence, wanted: list[list[_Wanted]]) -> bool:
         """Promote the head of ``wanted`` that is there, in one transaction; whether that was all of it."""
-        found = self._fetch(core, wanted)
+        found = self._fetch(core, seq, wanted)
         if not found:
             return False
         size = core.block_size
@@ -287,38 +287,50 @@ class TierStack:
         self.promoted_tokens += len(tokens)
         return found == len(wanted)
 
-    def _fetch(self, core: BlockCache, wanted: list[list[_Wanted]]) -> int:
+    def _fetch(self, core: BlockCache, seq: CachedSequence, wanted: list[list[_Wanted]]) -> int:
         """Fill in payloads, tier by tier; returns how many leading blocks are complete."""
-        missing = []
         for row in wanted:
-            for group, one in enumerate(row):
+            for one in row:
                 pending = self.queue.get(one.tier_key)
                 if pending is not None:
                     one.payload = pending.payload
-                elif not core.find_block(group, one.key):
-                    # What is in the pool was not matched because another layer group has lost its part.
-                    missing.append(one)
+        # One layer group may have lost a block that another still has in the pool.
+        pooled = self._pooled(core, seq, wanted)
         block_bytes = sum(one.codec.value_bytes for one in wanted[0])
         for number in range(len(self.tiers)):
-            missing = [one for one in missing if one.payload is None]
+            missing = [
+                one
+                for row, here in zip(wanted, pooled, strict=True)
+                for one, block in zip(row, here, strict=True)
+                if one.payload is None and not block
+            ]
             if missing and self._pays(number, block_bytes):
                 self._read(number, missing)
         complete = 0
-        while complete < len(wanted) and self._complete(core, wanted[complete]):
+        for row, here in zip(wanted, pooled, strict=True):
+            if any(one.payload is None and not block for one, block in zip(row, here, strict=True)):
+                break
             complete += 1
-        return complete
+        return self._export_pooled(core, seq, wanted[:complete])
 
-    def _complete(self, core: BlockCache, row: list[_Wanted]) -> bool:
-        """Whether all layer groups of a block have a payload, those from the pool included."""
-        for group, one in enumerate(row):
-            if one.payload is None and self._store is not None:
-                with core.lock:
-                    block = core.find_block(group, one.key)
-                    if block:
+    def _pooled(self, core: BlockCache, seq: CachedSequence, wanted: list[list[_Wanted]]) -> list[list[int]]:
+        """Per wanted block: its block in the pool for each layer group, or 0."""
+        first = seq.length // core.block_size
+        groups = [blocks[first:] for blocks in core.prompt_blocks(seq)]
+        return [[blocks[at] if at < len(blocks) else 0 for blocks in groups] for at in range(len(wanted))]
+
+    def _export_pooled(self, core: BlockCache, seq: CachedSequence, wanted: list[list[_Wanted]]) -> int:
+        """Take what is still missing from the pool; returns how many leading blocks are complete."""
+        if all(one.payload is not None for row in wanted for one in row) or self._store is None:
+            return len(wanted)
+        with core.lock:
+            for at, (row, here) in enumerate(zip(wanted, self._pooled(core, seq, wanted), strict=True)):
+                for group, (one, block) in enumerate(zip(row, here, strict=True)):
+                    if one.payload is None and not block:
+                        return at
+                    if one.payload is None:
                         one.payload = self._store.export_blocks(group, [block])[0].data
-            if one.payload is None:
-                return False
-        return True
+        return len(wanted)
 
     def _read(self, number: int, missing: list[_Wanted]) -> None:
         """One batched read of one tier; what does not verify stays missing."""

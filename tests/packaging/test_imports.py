@@ -34,7 +34,6 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("tiers",),
     ("demotion",),
     ("tiering",),
-    ("tier_disk", "tier_valkey"),
     ("attention",),
     ("sampling",),
     ("frontend",),
@@ -58,8 +57,6 @@ TYPE_ONLY: dict[tuple[str, str], str] = {
 # Modules that need an extra. No other module may import them, so nobody pays for what they did not ask for.
 OPTIONAL: dict[str, frozenset[str]] = {
     "cli": frozenset({"typer", "rich"}),
-    "tier_disk": frozenset({"lmdb"}),
-    "tier_valkey": frozenset({"valkey"}),
 }
 
 
