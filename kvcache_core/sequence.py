@@ -108,6 +108,11 @@ class Sequence:
         if self.in_step:
             raise StepError(f"cannot {verb} sequence {self.id}: it is in a step; commit or roll back first")
 
+    @property
+    def cache_is_locked_here(self) -> bool:
+        """Whether this thread is inside a call of the cache: what finalizers must not interrupt."""
+        return self._cache.lock._is_owned()  # type: ignore[attr-defined,no-any-return]
+
     def __len__(self) -> int:
         return self.length
 

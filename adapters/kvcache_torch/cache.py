@@ -19,7 +19,7 @@ from kvcache_torch.driver import Driver, device_of, driver_of, evaluating, logit
 from kvcache_torch.recompute import recompute, target_scores, widened
 from kvcache_torch.step import Step
 from kvcache_torch.store import TensorStore, dtype_name, torch_dtype
-from kvcache_torch.transparent import Rows, assemble, rows_of, with_recomputed_gradient
+from kvcache_torch.transparent import Rows, assemble, reason_to_bypass, rows_of, with_recomputed_gradient
 
 __all__ = ["KVCache"]
 
@@ -89,6 +89,11 @@ class KVCache(FrontendCache):
         # Finding the tensors costs milliseconds in a deep model, comparing their counters microseconds.
         self._prepare()
         return self._versions != [tensor._version for tensor in self._watched]
+
+    def notice_weights(self) -> None:
+        """Notice weights changed in place since the last step."""
+        if self._weights_changed():
+            self.refresh()
 
     def _install(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
@@ -207,15 +212,3 @@ class KVCache(FrontendCache):
         new = self._run(call.plan, last_only=False)
         layer = len(self.store.layout.layers) - 1
         return assemble(self.store, layer, call, rows, new)
-
-
-def reason_to_bypass(model: nn.Module) -> str | None:
-    """Why a call must be computed as outside, or None."""
-    if not model.training:
-        return None
-    if torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters()):
-        return "the model is being trained; call model.eval() or use torch.no_grad() to use the cache"
-    random = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
-    if any(isinstance(module, random) and module.training for module in model.modules()):
-        return "the model is in training mode with dropout or batch statistics; call model.eval() to use the cache"
-    return None

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.frontend import Call
 from kvcache_torch.store import TensorStore
 
-__all__ = ["Rows", "assemble", "rows_of", "with_recomputed_gradient"]
+__all__ = ["Rows", "assemble", "reason_to_bypass", "rows_of", "with_recomputed_gradient"]
 
 
 @dataclass(frozen=True)
@@ -144,3 +144,15 @@ class _RecomputedGradient(torch.autograd.Function):
             output = ctx.recompute()
         grads = torch.autograd.grad(output, ctx.saved_tensors, grad, allow_unused=True)
         return None, None, *grads
+
+
+def reason_to_bypass(model: nn.Module) -> str | None:
+    """Why a call must be computed as outside, or None."""
+    if not model.training:
+        return None
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters()):
+        return "the model is being trained; call model.eval() or use torch.no_grad() to use the cache"
+    random = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+    if any(isinstance(module, random) and module.training for module in model.modules()):
+        return "the model is in training mode with dropout or batch statistics; call model.eval() to use the cache"
+    return None

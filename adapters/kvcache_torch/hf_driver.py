@@ -1,0 +1,303 @@
+"""Runs a transformers model for a cache."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from kvcache_core.errors import CacheFull, InvalidInput, UsageError
+from kvcache_core.frontend import ModelSpec
+from kvcache_core.plan import StepPlan
+from kvcache_torch.attention import select_outputs
+from kvcache_torch.context import local
+from kvcache_torch.driver import AttachedForward, Driver, device_of, logits_of, recording
+from kvcache_torch.hf import HFCache, close_abandoned
+from kvcache_torch.hf_pass import Pass
+from kvcache_torch.hf_rows import columns_of, shifts_of
+from kvcache_torch.hf_step import RecordingStepCache, ReturningStepCache, StepCache, implementation, state
+from kvcache_torch.step import Recorder, Step
+from kvcache_torch.store import dtype_name, torch_dtype
+from kvcache_torch.transparent import reason_to_bypass
+
+__all__ = ["HFDriver"]
+
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+_PLAIN_ARGUMENTS = {
+    *("input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "return_dict"),
+    *("logits_to_keep", "labels", "cache_position", "num_items_in_batch"),
+}
+_POSITIONS_FROM_MASK = {"opt"}
+"""Model types that count the mask's tokens when they are given no position_ids."""
+
+
+class Refused(InvalidInput):
+    """A call that cannot be served from the cache; says why."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of the attached model on its way to the decoder.
+
+    Attributes:
+        past: the rows' past; the call goes on from it.
+        keep: outputs wanted, of each row's last tokens; 0 for all columns.
+    """
+
+    past: HFCache
+    keep: int
+
+
+class HFDriver(Driver):
+    """For ``transformers.PreTrainedModel``: its own ``forward`` says which outputs are wanted, its decoder's
+    ``forward`` sees the token ids and is the part that is cached.
+    """
+
+    def __init__(self, cache: Any, model: nn.Module) -> None:
+        super().__init__(cache, model)
+        if self.plain is not model:
+            raise InvalidInput("attach the transformers model itself, not the compiled one")
+        _refuse_other_state(model)
+        self.decoder: nn.Module = model.get_decoder()
+        signature = inspect.signature(self.decoder.forward).parameters
+        self.cache_name = "cache" if "cache" in signature else "past_key_values"
+        self.takes_positions = "position_ids" in signature
+        self.positions_from_mask = not self.takes_positions or self.decoder.config.model_type in _POSITIONS_FROM_MASK
+        self.returns = not model._supports_attention_backend
+        """Whether the layers get K and V returned, because they call no registered attention function."""
+        self.output_type: type[Any] = BaseModelOutputWithPast
+        """What the decoder returns."""
+        configs = [module.config for module in self.decoder.modules() if hasattr(module, "config")]
+        self.configs = list({id(config): config for config in configs}.values())
+
+    def install(self) -> None:
+        """Route calls of the model and of its decoder through the cache."""
+        AttachedForward.install(self.model, self.enter)
+        if self.decoder is not self.model:
+            AttachedForward.install(self.decoder, self.enter_decoder)
+
+    def uninstall(self) -> None:
+        """Give back exactly the model that was attached."""
+        if self.decoder is not self.model:
+            AttachedForward.uninstall(self.decoder)
+        AttachedForward.uninstall(self.model)
+
+    # ---- what the core asks --------------------------------------------------------------------
+
+    def describe(self) -> ModelSpec:
+        """As :meth:`Driver.describe`; the output is the decoder's hidden state, the model's own head makes logits."""
+        recorder = Recorder(device_of(self.model))
+        view = RecordingStepCache(0, 1) if self.returns else StepCache(0, 1)
+        with recording(self.model, recorder), self._inside(view):
+            ids = torch.zeros(1, 1, dtype=torch.int64, device=device_of(self.model))
+            output = self._decoder_forward(input_ids=ids, **self._arguments(recorder.positions))
+        if not recorder.layers:
+            raise InvalidInput(
+                f"{type(self.model).__name__} gave its cache no K and V: its state is of another kind, which cannot "
+                "be cached by tokens"
+            )
+        hidden = logits_of(output)
+        embeddings = self.model.get_input_embeddings()
+        vocab = getattr(embeddings, "num_embeddings", None)
+        return ModelSpec(
+            recorder.specs(), recorder.kv_dtype(), tuple(hidden.shape[2:]), dtype_name(hidden.dtype), vocab
+        )
+
+    def run(self, tokens: Tensor, step: Step) -> Tensor:
+        """The model over a step's new tokens: logits [B, T, V], or [B, 1, V]."""
+        with self._inside(self._view(step.plan)):
+            output = self.model.forward.original(input_ids=tokens, **self._arguments(step.positions))
+        return logits_of(output)
+
+    def hidden(self, plan: StepPlan, shifts: NDArray[np.int64]) -> Tensor:
+        """The decoder over a plan's new tokens: its hidden state [B, T, ...]."""
+        store = self.cache.store
+        step = Step(plan, store, torch_dtype(self.cache.spec.dtype))
+        positions = step.positions
+        if shifts.any():
+            positions = positions + torch.from_numpy(shifts).to(store.device)[:, None]
+        local.begin(step)
+        try:
+            with torch.no_grad(), self._inside(self._view(plan)):
+                tokens = torch.from_numpy(plan.tokens).to(store.device)
+                output = self._decoder_forward(input_ids=tokens, **self._arguments(positions))
+        finally:
+            local.end()
+        self.output_type = type(output)
+        return logits_of(output)
+
+    def _view(self, plan: StepPlan) -> StepCache:
+        """What the layers see as their cache."""
+        layers = sum(spec.kind == "attention" for spec in self.cache.store.layout.layers)
+        if self.returns:
+            return ReturningStepCache(plan, self.cache.store, layers)
+        return StepCache(int(plan.starts.max()), layers)
+
+    def _arguments(self, positions: Tensor) -> dict[str, Any]:
+        view: Any = state.view
+        arguments: dict[str, Any] = {self.cache_name: view, "use_cache": True, "return_dict": True}
+        if self.takes_positions:
+            arguments["position_ids"] = positions
+        if self.returns:
+            arguments["attention_mask"] = view.mask
+        return arguments
+
+    @property
+    def _decoder_forward(self) -> Callable[..., Any]:
+        return self.decoder.forward.original  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def _inside(self, view: StepCache) -> Iterator[None]:
+        """The model's layers get the view as their cache, and its attention goes through the step under way."""
+        state.view = view
+        try:
+            with implementation(() if self.returns else self.configs):
+                yield
+        finally:
+            state.view = None
+
+    # ---- calls of the model --------------------------------------------------------------------
+
+    def enter(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the attached model: by ``generate``, or by hand."""
+        if torch.compiler.is_compiling() or local.stepping or state.request is not None:
+            return original(*args, **kwargs)
+        arguments = _named(original, args, kwargs)
+        given = arguments.get("cache", arguments.get("past_key_values"))
+        explicit = isinstance(given, HFCache)
+        if explicit and given.cache is not self.cache:
+            raise UsageError("the HFCache belongs to another cache than the model is attached to")
+        if not explicit and local.cache is not self.cache:
+            return original(*args, **kwargs)
+        close_abandoned()
+        if "lengths" in arguments:
+            arguments = _with_mask(dict(arguments))
+        reason = self._reason_to_refuse(arguments, given)
+        if reason is not None:
+            if explicit:
+                raise InvalidInput(f"cannot use an HFCache here: {reason}")
+            self.cache.bypass(0, reason)
+            return original(**arguments)
+        past = given if explicit else HFCache(self.cache, transparent=True)
+        return self._serve(original, arguments, past)
+
+    def enter_decoder(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the attached model's decoder."""
+        if not local.stepping and state.request is not None and not torch.compiler.is_compiling():
+            return self._decode(_named(original, args, kwargs))
+        output = original(*args, **kwargs)
+        if local.stepping and local.last_only:
+            output["last_hidden_state"] = select_outputs(output.last_hidden_state)
+        return output
+
+    def _serve(self, original: Callable[..., Any], arguments: dict[str, Any], past: HFCache) -> Any:
+        keep = arguments.get("logits_to_keep", 0)
+        if not isinstance(keep, int) or arguments.get("labels") is not None:
+            keep = 0
+        if self.cache.outputs == "last":
+            keep = keep or 1
+        state.request = Request(past, keep)
+        routed = {name: value for name, value in arguments.items() if name != "past_key_values"}
+        routed[self.cache_name] = past
+        try:
+            return self._decode(routed) if self.decoder is self.model else original(**routed)
+        except (CacheFull, Refused) as error:
+            if not past.transparent:
+                raise
+            reason = f"the cache has no room for it ({error})" if isinstance(error, CacheFull) else str(error)
+        finally:
+            state.request = None
+        self.cache.bypass(arguments["input_ids"].numel(), reason)
+        return original(**self._as_outside(arguments, past))
+
+    def _decode(self, arguments: dict[str, Any]) -> Any:
+        """The decoder's output, [B, T, ...] or of the last tokens that are wanted."""
+        request: Request = state.request
+        state.request = None
+        past = request.past
+        columns = columns_of(arguments["input_ids"], arguments.get("attention_mask"), past.ids, past.valid)
+        given = arguments.get("position_ids")
+        shifts = shifts_of(columns, given, past.shifts, from_mask=self.positions_from_mask)
+        if shifts is None:
+            raise Refused("position_ids do not rise by one from token to token of a row")
+        hidden = Pass(self, past, columns, shifts, request.keep).run()
+        use_cache = arguments.get("use_cache")
+        use_cache = self.decoder.config.use_cache if use_cache is None else use_cache
+        output = self.output_type(last_hidden_state=hidden)
+        output[self.cache_name] = past if use_cache else None
+        return output.to_tuple() if arguments.get("return_dict") is False else output
+
+    def _as_outside(self, arguments: dict[str, Any], past: HFCache) -> dict[str, Any]:
+        """The arguments for computing a call without the cache; the past is computed again if there is one."""
+        count = past.get_seq_length()
+        if not count:
+            return arguments
+        columns = columns_of(arguments["input_ids"], arguments.get("attention_mask"), past.ids, past.valid)
+        device = arguments["input_ids"].device
+        again = {**arguments, "input_ids": torch.from_numpy(columns.ids).to(device), self.cache_name: None}
+        again["attention_mask"] = torch.from_numpy(columns.valid).to(device, torch.int64)
+        if "position_ids" in arguments:
+            own = (columns.valid.cumsum(axis=1) - 1).clip(min=0) + past.shifts[:, None]
+            again["position_ids"] = torch.from_numpy(own).to(device)
+        again["logits_to_keep"] = arguments.get("logits_to_keep") or columns.width
+        past.reset()
+        return again
+
+    def _reason_to_refuse(self, arguments: dict[str, Any], given: Any) -> str | None:
+        """Why a call cannot be served, or None."""
+        if given is not None and not isinstance(given, HFCache) and given.get_seq_length():
+            return "another transformers cache already holds its past"
+        for name, value in arguments.items():
+            if name not in _PLAIN_ARGUMENTS and value is not None and value is not False:
+                return f"arguments besides token ids, mask and positions are not cached (got {name})"
+        if arguments.get("input_ids") is None:
+            return "the cache needs token ids, got none"
+        mask = arguments.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            return "the attention mask is not [B, T]"
+        if arguments.get("labels") is not None and torch.is_grad_enabled():
+            return "a loss is asked for with gradients; use torch.no_grad() to use the cache"
+        return reason_to_bypass(self.model)
+
+
+def _named(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(original).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _with_mask(arguments: dict[str, Any]) -> dict[str, Any]:
+    """``lengths=`` [B], as other models take it inside ``with cache:``, as a mask."""
+    lengths, ids = torch.as_tensor(arguments.pop("lengths")), arguments["input_ids"]
+    there = torch.arange(ids.shape[1])[None] < lengths.cpu()[:, None]
+    return {**arguments, "attention_mask": there.to(ids.device, torch.int64)}
+
+
+def _refuse_other_state(model: Any) -> None:
+    """Refuse a model whose layers keep a state that is not K and V.
+
+    Raises:
+        InvalidInput: says which.
+    """
+    name = type(model).__name__
+    kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()) - _KNOWN_LAYERS
+    if kinds:
+        raise InvalidInput(
+            f"{name} cannot be cached: its layers of type {sorted(kinds)} keep a state that is not K and V per token "
+            "(a recurrent or convolution state, or K and V of chunks), which no prefix can be cut from"
+        )
+    if getattr(model, "_is_stateful", False):
+        raise InvalidInput(
+            f"{name} cannot be cached: it keeps a recurrent state, which stands for all tokens so far and cannot be "
+            "shared by tokens as K and V can"
+        )
