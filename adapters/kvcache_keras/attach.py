@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from kvcache_core.errors import UsageError
 from kvcache_core.frontend import Call
 from kvcache_keras.context import local, not_recording, recording
-from kvcache_keras.runner import last_of, model_input, place, takes_token_dict
+from kvcache_keras.runner import last_of, place
 from kvcache_keras.step import pack, signature
+from kvcache_keras.tokenmodel import model_input, takes_token_dict
 from kvcache_keras.transparent import Rows, check_ids, output_slots, rows_of
 
 if TYPE_CHECKING:

@@ -22,9 +22,10 @@ from kvcache_keras.fingerprint import Fingerprint
 from kvcache_keras.graphcall import PendingCalls
 from kvcache_keras.probe import check_in_parts
 from kvcache_keras.routes import Routes
-from kvcache_keras.runner import StepRunner, build, model_input, to_numpy
+from kvcache_keras.runner import StepRunner, build, to_numpy
 from kvcache_keras.step import Recorder
 from kvcache_keras.store import TensorStore, dtype_name
+from kvcache_keras.tokenmodel import model_input, run_model
 
 __all__ = ["KVCache"]
 
@@ -89,7 +90,7 @@ class KVCache(FrontendCache):
             build(model)
             recorder = Recorder(masks_zero=self.masks_zero)
             with stepping(recorder):
-                output = model(model_input(model, tf.zeros((1, 1), tf.int32)), training=False)
+                output = run_model(model, tf.zeros((1, 1), tf.int32))
         if not tf.is_tensor(output) or output.shape[:2] != (1, 1):
             found = tuple(output.shape) if tf.is_tensor(output) else type(output).__name__
             raise InvalidInput(f"a token model must map ids [B, T] to a tensor [B, T, ...], got {found} for [1, 1]")
@@ -206,7 +207,7 @@ def _vocab_size(model: Any, output: _Tensor, recorder: Recorder) -> int | None:
     """
     try:
         with tf.init_scope(), stepping(Recorder(masks_zero=recorder.masks_zero)):
-            model(model_input(model, tf.fill((1, 1), tf.int32.max)), training=False)
+            run_model(model, tf.fill((1, 1), tf.int32.max))
     except tf.errors.InvalidArgumentError as error:
         found = re.search(r"is not in \[0, (\d+)\)", str(error))
         if found:

@@ -1,19 +1,20 @@
-"""KerasHub language models served from a cache: ``attach(causal_lm, cache)``, then ``causal_lm.generate`` as ever."""
+"""KerasHub models served from a cache: ``attach(causal_lm, cache)``, then ``causal_lm.generate`` as ever."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from numpy.typing import NDArray
 
-from kvcache_core.decoder import CacheDecoder
 from kvcache_core.errors import CacheFull, InvalidInput, InvalidType
 from kvcache_keras.cache import KVCache
-from kvcache_keras.hub_generate import Request, beam_search, sample
+from kvcache_keras.hub_generate import Request, Rows, beam_search, sample
+from kvcache_keras.hub_seq2seq import FAMILIES, Memory
 from kvcache_keras.routes import here, is_routed
+from kvcache_keras.tokenmodel import FORWARDS
 
 try:
     import keras_hub
@@ -33,21 +34,32 @@ def attach(causal_lm: Any, cache: KVCache, *, outputs: str = "last", identity: s
     ``cache.detach()`` gives the model back as it was.
 
     Args:
-        causal_lm: a ``keras_hub.models.CausalLM``.
+        causal_lm: a ``keras_hub.models.CausalLM`` or ``Seq2SeqLM``.
         cache: attached to this model or to none.
         outputs: ``"last"`` for generation; ``"all"`` if ``with cache: causal_lm(inputs)`` is to give all logits.
         identity: a name for these weights; see :meth:`KVCache.attach`.
 
     Raises:
         InvalidType: no ``CausalLM``.
-        InvalidInput: a layer that cannot be served exactly, by name.
+        InvalidInput: a layer that cannot be served exactly, by name, or an encoder-decoder family that is not known.
     """
     if not isinstance(causal_lm, keras_hub.models.CausalLM):
         raise InvalidType(f"kvcache_keras.hub serves a keras_hub CausalLM, got {type(causal_lm).__name__}")
+    family = FAMILIES.get(type(causal_lm).__name__)
+    if family is None and isinstance(causal_lm, keras_hub.models.Seq2SeqLM):
+        raise InvalidInput(
+            f"of KerasHub's encoder-decoder models {sorted(FAMILIES)} are served, {here(causal_lm)} is not"
+        )
     _refuse_unknown(causal_lm)
     cache.attach(causal_lm, outputs=outputs, identity=identity)
-    if not isinstance(vars(causal_lm).get("make_generate_function"), ServedGenerate):
-        ServedGenerate(causal_lm, cache).install()
+    if isinstance(vars(causal_lm).get("make_generate_function"), ServedGenerate):
+        return causal_lm
+    memory = None if family is None else Memory(causal_lm, family)
+    if memory is not None:
+        FORWARDS[causal_lm] = memory.forward
+        cache.at_detach(memory.close)
+        cache.at_detach(lambda: FORWARDS.pop(causal_lm))
+    ServedGenerate(causal_lm, cache, memory).install()
     return causal_lm
 
 
@@ -55,16 +67,17 @@ def _refuse_unknown(model: Any) -> None:
     """Raise for attention that no route serves."""
     for layer in model._flatten_layers():
         kind = type(layer)
-        if kind.__module__.startswith("keras_hub.") and "Attention" in kind.__name__ and not is_routed(layer):
+        if kind.__module__.startswith("keras_hub.") and kind.__name__.endswith("Attention") and not is_routed(layer):
             raise InvalidInput(f"layer {here(layer)} cannot be served from a cache exactly: its attention is not known")
 
 
 class ServedGenerate:
     """Stands in for ``make_generate_function`` of one model; pickles and copies as the model's own."""
 
-    def __init__(self, model: Any, cache: KVCache) -> None:
+    def __init__(self, model: Any, cache: KVCache, memory: Memory | None) -> None:
         self.model = model
         self.cache = cache
+        self.memory = memory
 
     def install(self) -> None:
         """Serve the model's ``generate``, until the cache is detached."""
@@ -79,51 +92,88 @@ class ServedGenerate:
         return getattr, (self.model, "make_generate_function")
 
     def generate(self, inputs: dict[str, Any], stop_token_ids: Collection[int] | None = None) -> dict[str, Any]:
-        """One batch: {"token_ids", "padding_mask"}, both [B, L], filled up to L or to the last stop token."""
-        request = self._request(inputs, stop_token_ids)
-        if request is None or request.is_done:
-            return self._own(inputs, stop_token_ids)
-        beams = _beams(self.model.sampler)
-        decoder = CacheDecoder(self.cache)
-        if not decoder.fits(_room(request, beams, self.cache.core.block_size)):
-            self.cache.bypass(int(sum(request.lengths)), "the cache has no room for all rows of generate")
-            return self._own(inputs, stop_token_ids)
-        self.cache.refresh()
-        search = beam_search if beams > 1 else sample
+        """One batch, as the model's own ``generate_step`` takes and gives it."""
+        tensors = {name: value if value is None else tf.convert_to_tensor(value) for name, value in inputs.items()}
+        if _beams(self.model.sampler) and not self._has_images(tensors):
+            parts = 2 if self.memory is None else self.memory.family.cache_parts
+            stand = _Model(self.model, parts, lambda *request: self._fill(tensors, *request))
+            try:
+                with self.memory.lock if self.memory else nullcontext():
+                    result: dict[str, Any] = type(self.model).generate_step(stand, tensors, stop_token_ids)
+                    return {name: value for name, value in result.items() if name in inputs}
+            except _Elsewhere as elsewhere:
+                self.cache.bypass(elsewhere.tokens, elsewhere.reason)
+        own = type(self.model).make_generate_function(self.model)
+        return own(inputs, stop_token_ids=stop_token_ids)
+
+    def _fill(self, inputs: dict[str, Any], prompt: Any, mask: Any, stop: Collection[int] | None) -> Any:
+        """Fill the columns of a prompt [B, L] that are not given in the mask."""
+        sampler, cache = self.model.sampler, self.cache
+        ends = None if stop is None else frozenset(map(int, stop))
+        request = Request(np.array(prompt, np.int64), np.array(mask, bool), ends)
+        tokens = sum(request.lengths)
+        if not request.is_padded_right:
+            raise _Elsewhere(tokens, "a prompt is empty, or padded on the left")
+        if request.is_done:
+            return prompt
+        beams = _beams(sampler)
+        core = cache.core
+        has_full = any(group.kind == "attention" and group.window is None for group in core.groups)
+        if has_full and request.blocks(beams, core.block_size) > core.num_blocks:
+            raise _Elsewhere(tokens, "the cache has no room for all rows of generate")
+        cache.refresh()
+        seeds = [(variable, variable.numpy()) for variable in sampler.variables]
         try:
-            search(decoder, request, self.model.sampler)
+            (beam_search if beams > 1 else sample)(self._rows(inputs), request, sampler)
         except CacheFull as full:
-            self.cache.bypass(int(sum(request.lengths)), f"the cache has no room for it ({full})")
-            return self._own(inputs, stop_token_ids)
-        token_ids = tf.constant(request.tokens, tf.convert_to_tensor(inputs["token_ids"]).dtype)
-        result = {"token_ids": token_ids, "padding_mask": tf.constant(request.output_mask())}
-        return {**{name: inputs[name] for name in ("images",) if name in inputs}, **result}
+            for variable, value in seeds:
+                variable.assign(value)
+            raise _Elsewhere(tokens, f"the cache has no room for it ({full})") from full
+        return tf.constant(request.tokens, prompt.dtype)
 
-    def _own(self, inputs: dict[str, Any], stop_token_ids: Collection[int] | None) -> dict[str, Any]:
-        """The library's own generation."""
-        result: dict[str, Any] = type(self.model).make_generate_function(self.model)(
-            inputs, stop_token_ids=stop_token_ids
+    def _rows(self, inputs: dict[str, Any]) -> Rows:
+        memory, cache = self.memory, self.cache
+        if memory is None:
+            return Rows(cache)
+        digests = memory.digests(inputs, cache.core.namespace)
+        return Rows(
+            cache, [cache.salt + digest for digest in digests], lambda rows: memory.bind([digests[row] for row in rows])
         )
-        return result
 
-    def _request(self, inputs: dict[str, Any], stop_token_ids: Collection[int] | None) -> Request | None:
-        """The batch, or None for what the library's own generation does as it did."""
-        if not _beams(self.model.sampler):
-            return None
-        others = [np.size(value) for name, value in inputs.items() if name not in ("token_ids", "padding_mask")]
-        tokens, mask = _array(inputs["token_ids"], np.int64), _array(inputs["padding_mask"], bool)
-        lengths = mask.sum(axis=1)
-        padded_right = (mask == (np.arange(mask.shape[1]) < lengths[:, None])).all()
-        if any(others) or not padded_right or not lengths.min():
-            return None
-        return Request(tokens, mask, None if stop_token_ids is None else frozenset(map(int, stop_token_ids)))
+    def _has_images(self, inputs: dict[str, Any]) -> bool:
+        return any(
+            name.startswith(("image", "vision")) and np.size(value)
+            for name, value in inputs.items()
+            if value is not None
+        )
 
 
-def _room(request: Request, beams: int, block_size: int) -> list[tuple[int, int]]:
-    """(prompt, new) tokens of every row: further beams share their prompt but for its last block."""
-    rows = [(length, request.width - length) for length in request.lengths]
-    shortest = min(request.lengths)
-    return rows + [(block_size, request.width - shortest)] * (len(rows) * (beams - 1))
+class _Elsewhere(Exception):
+    """The library's own generation has to compute this batch."""
+
+    def __init__(self, tokens: int, reason: str) -> None:
+        super().__init__(reason)
+        self.tokens = tokens
+        self.reason = reason
+
+
+class _Model:
+    """The model as its own ``generate_step`` sees it: no cache to build, and a sampler that fills all columns."""
+
+    def __init__(self, model: Any, cache_parts: int, fill: Callable[[Any, Any, Any], Any]) -> None:
+        self._model = model
+        self._cache_parts = cache_parts
+        self._fill = fill
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def _build_cache(self, *args: Any, **kwargs: Any) -> tuple[None, ...]:
+        return (None,) * self._cache_parts
+
+    def sampler(self, *, prompt: Any, mask: Any, stop_token_ids: Collection[int] | None, **rest: Any) -> Any:
+        """A KerasHub sampler's call."""
+        return self._fill(prompt, mask, stop_token_ids)
 
 
 def _beams(sampler: Any) -> int:
@@ -132,7 +182,3 @@ def _beams(sampler: Any) -> int:
     if call is _BeamSampler.__call__:
         return 0 if sampler.return_all_beams else int(sampler.num_beams)
     return 1 if call is _Sampler.__call__ else 0
-
-
-def _array(value: Any, dtype: Any) -> NDArray[Any]:
-    return np.array(value, dtype)

@@ -7,7 +7,7 @@ cached.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,9 @@ import tensorflow as tf
 from keras import ops
 from numpy.typing import NDArray
 
-from kvcache_core.decoder import CacheDecoder
+from kvcache_keras.cache import KVCache
 
-__all__ = ["Request", "beam_search", "sample"]
+__all__ = ["Request", "Rows", "beam_search", "sample"]
 
 _AT_ONCE = 32
 """Greedy tokens that the cache is asked for at once."""
@@ -46,6 +46,18 @@ class Request:
         return int(self.tokens.shape[1])
 
     @property
+    def is_padded_right(self) -> bool:
+        """Whether every row starts with at least one given token and has no holes."""
+        lengths = self.mask.sum(axis=1)
+        return bool(lengths.all() and (self.mask == (np.arange(self.width) < lengths[:, None])).all())
+
+    def blocks(self, beams: int, block_size: int) -> int:
+        """Blocks of full attention that all rows take at most if nothing is shared but beams' prompts."""
+        total = -(-self.width // block_size) * len(self.tokens)
+        own = -(-(self.width - min(self.lengths)) // block_size) + 1
+        return total + own * len(self.tokens) * (beams - 1)
+
+    @property
     def is_done(self) -> bool:
         """Whether nothing is to be filled: no column is free, or every row has ended."""
         return min(self.lengths) >= self.width or self.ended()
@@ -62,20 +74,54 @@ class Request:
 
     def ended(self) -> bool:
         """Whether every row has a stop token that was not given."""
-        return self.stop is not None and bool(self._stops(self.tokens, self.mask).any(axis=1).all())
+        if self.stop is None:
+            return False
+        return bool((np.isin(self.tokens, list(self.stop)) & ~self.mask).any(axis=1).all())
 
-    def output_mask(self) -> NDArray[np.bool_]:
-        """Bool [B, L]: all up to each row's first stop token that was not given."""
-        stops = self._stops(self.tokens, self.mask).astype(np.int64)
-        result: NDArray[np.bool_] = stops.cumsum(axis=1) - stops == 0
+
+class Rows:
+    """The sequences of a batch's rows, by row number.
+
+    Args:
+        cache: where they lie.
+        salts: one per row; default the cache's.
+        bind: called with the rows of each step before it.
+    """
+
+    def __init__(
+        self, cache: KVCache, salts: Sequence[bytes] | None = None, bind: Callable[[list[int]], None] | None = None
+    ) -> None:
+        self._cache = cache
+        self._salts = salts
+        self._bind = bind or (lambda rows: None)
+
+    def open(self, row: int, tokens: list[int], new: int) -> Any:
+        """A sequence with what is cached of a row's prompt."""
+        self._cache.check_vocabulary(tokens)
+        return self._cache.core.open(tokens, self._salt(row), max_new_tokens=new)
+
+    def cached_length(self, row: int, tokens: list[int]) -> int:
+        """How many leading tokens are cached now."""
+        return self._cache.core.cached_length(tokens, self._salt(row))
+
+    def step(self, rows: list[int], seqs: Sequence[Any], tokens: Sequence[list[int]]) -> NDArray[Any]:
+        """Logits [B, V] behind each sequence's last token."""
+        self._bind(rows)
+        result: NDArray[Any] = self._cache.step(seqs, tokens)
         return result
 
-    def _stops(self, tokens: NDArray[np.int64], mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        result: NDArray[np.bool_] = np.isin(tokens, list(self.stop or ())) & ~mask
-        return result
+    def decode_greedy(
+        self, seqs: Sequence[Any], tokens: Sequence[list[int]], count: int, stop: Collection[int]
+    ) -> NDArray[np.int64]:
+        """Up to ``count`` greedy tokens [B, n] of all rows."""
+        self._bind(list(range(len(seqs))))
+        return self._cache.decode_greedy(seqs, tokens, count, stop)
+
+    def _salt(self, row: int) -> bytes:
+        return self._cache.salt if self._salts is None else self._salts[row]
 
 
-def sample(decoder: CacheDecoder, request: Request, sampler: Any) -> None:
+def sample(rows: Rows, request: Request, sampler: Any) -> None:
     """Fill the request with a sampler that chooses each token from one row of probabilities.
 
     Raises:
@@ -86,19 +132,19 @@ def sample(decoder: CacheDecoder, request: Request, sampler: Any) -> None:
     column = min(lengths)
     seqs: list[Any] = []
     try:
-        logits = _prefill(decoder, request, seqs)
+        logits = _prefill(rows, request, seqs)
         while column < request.width and not request.ended():
             running = [row for row, length in enumerate(lengths) if length < column]
             if greedy and len(running) == len(seqs):
                 count = min(_AT_ONCE, request.width - column)
                 last = tokens[:, column - 1 : column].tolist()
-                chosen = decoder.decode_greedy(seqs, last, count, request.stop or ())
+                chosen = rows.decode_greedy(seqs, last, count, request.stop or ())
                 tokens[:, column : column + chosen.shape[1]] = chosen
                 column += chosen.shape[1]
                 continue
             if running:
                 last = tokens[running, column - 1 : column].tolist()
-                logits[running] = decoder.step([seqs[row] for row in running], last)
+                logits[running] = rows.step(running, [seqs[row] for row in running], last)
             choice = np.asarray(sampler.get_next_token(sampler.compute_probabilities(tf.constant(logits))))
             tokens[:, column] = np.where(mask[:, column], tokens[:, column], choice)
             column += 1
@@ -107,18 +153,18 @@ def sample(decoder: CacheDecoder, request: Request, sampler: Any) -> None:
             seq.close()
 
 
-def _prefill(decoder: CacheDecoder, request: Request, seqs: list[Any]) -> NDArray[Any]:
+def _prefill(rows: Rows, request: Request, seqs: list[Any]) -> NDArray[Any]:
     """Open all rows into ``seqs`` and compute their prompts; returns the logits [B, V] behind them."""
     prompts = [request.prompt(row) for row in range(len(request.tokens))]
     logits: dict[int, NDArray[Any]] = {}
     opened: dict[int, Any] = {}
     try:
         while len(logits) < len(prompts):
-            wave = _wave(decoder, prompts, [row for row in range(len(prompts)) if row not in logits])
+            wave = _wave(rows, prompts, [row for row in range(len(prompts)) if row not in logits])
             for row in wave:
-                opened[row] = decoder.open(prompts[row], request.width - len(prompts[row]))
+                opened[row] = rows.open(row, prompts[row], request.width - len(prompts[row]))
             news = [prompts[row][opened[row].num_cached :] for row in wave]
-            logits |= dict(zip(wave, decoder.step([opened[row] for row in wave], news), strict=True))
+            logits |= dict(zip(wave, rows.step(wave, [opened[row] for row in wave], news), strict=True))
     except BaseException:
         for seq in opened.values():
             seq.close()
@@ -127,12 +173,12 @@ def _prefill(decoder: CacheDecoder, request: Request, seqs: list[Any]) -> NDArra
     return np.stack([logits[row] for row in range(len(prompts))])
 
 
-def _wave(decoder: CacheDecoder, prompts: Sequence[list[int]], waiting: Sequence[int]) -> list[int]:
+def _wave(rows: Rows, prompts: Sequence[list[int]], waiting: Sequence[int]) -> list[int]:
     """Rows to compute now: those that no other one of them computes a longer prefix for."""
     wave: list[int] = []
     for row in waiting:
         shared = max((_common(prompts[row], prompts[other]) for other in wave), default=0)
-        if min(shared, len(prompts[row]) - 1) - decoder.cached_length(prompts[row]) < _WORTH_A_WAVE:
+        if min(shared, len(prompts[row]) - 1) - rows.cached_length(row, prompts[row]) < _WORTH_A_WAVE:
             wave.append(row)
     return wave
 
@@ -144,7 +190,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return int(differing[0]) if len(differing) else length
 
 
-def beam_search(decoder: CacheDecoder, request: Request, sampler: Any) -> None:
+def beam_search(rows: Rows, request: Request, sampler: Any) -> None:
     """Fill the request with KerasHub's beam search: every row's beams stay ``num_beams``, the best one is taken.
 
     Raises:
@@ -156,12 +202,12 @@ def beam_search(decoder: CacheDecoder, request: Request, sampler: Any) -> None:
     seqs: list[Any] = []
     try:
         heads = Request(request.tokens, request.mask & (np.arange(width) < column), request.stop)
-        logits = _prefill(decoder, heads, seqs).repeat(beams, axis=0)
+        logits = _prefill(rows, heads, seqs).repeat(beams, axis=0)
         seqs[:] = [heir for seq in seqs for heir in (seq, *(seq.fork() for _ in range(beams - 1)))]
-        first = column
+        first, owners = column, np.arange(len(seqs)) // beams
         while column < width and not search.ended():
             if column > first:
-                logits = decoder.step(seqs, search.tokens[:, column - 1 : column].tolist())
+                logits = rows.step(owners.tolist(), seqs, search.tokens[:, column - 1 : column].tolist())
             scores, parents, choice = _best(sampler, logits, scores, beams)
             seqs[:] = _inherit(seqs, parents)
             search.tokens = search.tokens[parents]

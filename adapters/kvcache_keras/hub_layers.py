@@ -16,6 +16,7 @@ from keras import ops
 from kvcache_core.errors import InvalidInput
 from kvcache_keras.attention import attention, select_outputs
 from kvcache_keras.context import local
+from kvcache_keras.hub_seq2seq import memory_of
 from kvcache_keras.routes import Route, here, positions_like
 
 __all__ = ["ROUTES"]
@@ -91,10 +92,39 @@ def _refuse_bidirectional(layer: Any) -> str | None:
 
 def _cached_multi_head(layer: Any, original: Callable[..., Any], given: _Given) -> _Tensor:
     x = given["query"]
-    if any(other is not None and other is not x for other in (given["value"], given.get("key"))):
-        raise InvalidInput(f"layer {here(layer)} cannot be served from a cache exactly: it is cross-attention")
+    if given["value"] is not x:
+        return _cross(layer, layer._query_dense(x))
     y = attention(layer._query_dense(x), layer._key_dense(x), layer._value_dense(x), scale=layer._inverse_sqrt_key_dim)
     return layer._output_dense(y)
+
+
+def _cross(layer: Any, q: _Tensor) -> _Tensor:
+    found = memory_of(layer)
+    if found is None:
+        raise InvalidInput(f"layer {here(layer)} cannot be served from a cache exactly: it is cross-attention")
+    memory, at = found
+    return layer._output_dense(memory.attend(at, q))
+
+
+def _moonshine(layer: Any, original: Callable[..., Any], given: _Given) -> _Tensor:
+    """``rotary_embedding`` holds angles [B or 1, T, R] for the first R numbers of a head, in pairs of neighbours."""
+    x, angles = given["query"], given.get("rotary_embedding")
+    if given["value"] is not x:
+        return _cross(layer, layer._query_dense(x))
+    q, k = layer._query_dense(x), layer._key_dense(x)
+    q = _turn_neighbours(q, angles)
+    if layer.apply_rotary_embedding:
+        k = _turn_neighbours(k, angles)
+    return layer._output_dense(attention(q, k, layer._value_dense(x), scale=layer._inverse_sqrt_key_dim))
+
+
+def _turn_neighbours(x: _Tensor, angles: _Tensor) -> _Tensor:
+    """Turn pairs (2i, 2i + 1) of x [B, T, H, D] by angles [B or 1, T, R], R <= D."""
+    size = angles.shape[-1]
+    angles = angles[:, :, None]
+    turned, rest = x[..., :size], x[..., size:]
+    across = tf.reshape(tf.stack((-turned[..., 1::2], turned[..., ::2]), axis=-1), tf.shape(turned))
+    return tf.concat((tf.cast(turned * tf.cos(angles) + across * tf.sin(angles), x.dtype), rest), axis=-1)
 
 
 # ---- ALiBi -------------------------------------------------------------------------------------------
@@ -191,6 +221,7 @@ ROUTES: Mapping[str, Route] = {
     "CachedGemma3Attention": Route(_gemma, "_compute_attention"),
     "Gemma3DecoderBlock": Route(lambda layer, original, given: original(**given), refuse=_refuse_bidirectional),
     "CachedMultiHeadAttention": Route(_cached_multi_head),
+    "MoonshineMultiHeadAttention": Route(_moonshine),
     "BloomAttention": Route(_bloom),
     "FalconAttention": Route(_falcon),
     "ReversibleEmbedding": Route(_logits),

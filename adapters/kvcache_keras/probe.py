@@ -6,7 +6,7 @@ Something besides attention may mix tokens (a convolution over time, a recurrent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from kvcache_core.errors import InvalidInput
 from kvcache_keras.context import stepping
 from kvcache_keras.kernels import attend, causal_mask
 from kvcache_keras.routes import here
-from kvcache_keras.runner import model_input
+from kvcache_keras.tokenmodel import FORWARDS, run_model
 
 __all__ = ["check_in_parts"]
 
@@ -88,16 +88,18 @@ def check_in_parts(model: Any, vocab_size: int | None) -> None:
 
 
 def _whole(model: Any, ids: NDArray[Any]) -> NDArray[Any]:
-    return _array(model(model_input(model, tf.constant(ids)), training=False))
+    if model in FORWARDS:  # a decoder alone has no way to run but in a step
+        return _in_parts(model, ids, (ids.shape[1],))
+    return _array(run_model(model, tf.constant(ids)))
 
 
-def _in_parts(model: Any, ids: NDArray[Any]) -> NDArray[Any]:
+def _in_parts(model: Any, ids: NDArray[Any], parts: Sequence[int] = _PARTS) -> NDArray[Any]:
     past: dict[int, tuple[_Tensor, _Tensor]] = {}
     outputs, start = [], 0
-    for count in _PARTS:
+    for count in parts:
         with stepping(_Part(past, start, count)):
             tokens = tf.constant(ids[:, start : start + count])
-            outputs.append(_array(model(model_input(model, tokens), training=False)))
+            outputs.append(_array(run_model(model, tokens)))
         start += count
     return np.concatenate(outputs, axis=1)
 

@@ -16,17 +16,16 @@ from kvcache_keras.context import outside, stepping
 from kvcache_keras.kernels import dimensions, plain_attention, reshape
 from kvcache_keras.step import Step, check_query, pack, signature
 from kvcache_keras.store import TensorStore
+from kvcache_keras.tokenmodel import run_model
 
 __all__ = [
     "Recompute",
     "StepRunner",
     "build",
     "last_of",
-    "model_input",
     "place",
     "recompute_of",
     "recompute_scores_of",
-    "takes_token_dict",
     "to_numpy",
 ]
 
@@ -107,7 +106,7 @@ class StepRunner:
 
     def _run_model(self, step: Step) -> _Tensor:
         with stepping(step):
-            output = self._model(model_input(self._model, step.tokens), training=False)
+            output = run_model(self._model, step.tokens)
         if step.last_only and not step.selected and output.shape[1] != 1:
             output = last_of(output, step.last_index)
         return output
@@ -193,7 +192,7 @@ class Recompute:
             step = _Uncached(tf.range(tf.shape(tokens)[1])[None], last)
             model = reference()
             with stepping(step):
-                output = model(model_input(model, tokens), training=False)  # type: ignore[misc]
+                output = run_model(model, tokens)
             return output[:, 0] if step.selected else last_of(output, last)[:, 0]
 
         spec = [tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None], tf.int32)]
@@ -219,7 +218,7 @@ class RecomputeScores:
             step.last_only = False
             model = reference()
             with stepping(step):
-                output = model(model_input(model, tokens), training=False)  # type: ignore[misc]
+                output = run_model(model, tokens)
             return target_scores(output, targets)
 
         spec = [tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([None, None], tf.int64)]
@@ -243,20 +242,7 @@ def build(model: Any) -> None:
     """Make the model's variables by a first call on one token: Keras runs parts of it more than once for that."""
     if not model.built:
         with outside():
-            model(model_input(model, tf.zeros((1, 1), tf.int32)), training=False)
-
-
-def model_input(model: Any, tokens: _Tensor) -> Any:
-    """Ids [B, T] as the model takes them: as they are, or with KerasHub's mask of what is no padding."""
-    if not takes_token_dict(model):
-        return tokens
-    return {"token_ids": tokens, "padding_mask": tf.ones_like(tokens)}
-
-
-def takes_token_dict(model: Any) -> bool:
-    """Whether the model's input is KerasHub's: {"token_ids", "padding_mask"}."""
-    inputs = getattr(model, "_inputs_struct", None)
-    return isinstance(inputs, dict) and set(inputs) == {"token_ids", "padding_mask"}
+            run_model(model, tf.zeros((1, 1), tf.int32))
 
 
 _recomputes: weakref.WeakKeyDictionary[Any, Recompute] = weakref.WeakKeyDictionary()

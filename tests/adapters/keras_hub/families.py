@@ -9,7 +9,7 @@ import keras
 import keras_hub
 import numpy as np
 
-__all__ = ["CAUSAL", "VOCAB", "build", "loud"]
+__all__ = ["CAUSAL", "SEQ2SEQ", "VOCAB", "build", "loud"]
 
 VOCAB = 61
 hub = keras_hub.models
@@ -78,10 +78,33 @@ CAUSAL: dict[str, Callable[[], Any]] = {
 }
 
 
+SEQ2SEQ: dict[str, Callable[[], Any]] = {
+    "BART": lambda: hub.BartSeq2SeqLM(
+        hub.BartBackbone(
+            vocabulary_size=VOCAB, num_layers=2, num_heads=4, hidden_dim=16, intermediate_dim=24, max_sequence_length=32
+        ),
+        preprocessor=None,
+    ),
+    "Moonshine": lambda: hub.MoonshineAudioToText(
+        hub.MoonshineBackbone(
+            vocabulary_size=VOCAB,
+            filter_dim=16,
+            encoder_num_layers=1,
+            decoder_num_layers=2,
+            hidden_dim=16,
+            intermediate_dim=24,
+            encoder_num_heads=2,
+            decoder_num_heads=2,
+        ),
+        preprocessor=None,
+    ),
+}
+
+
 def build(family: str, seed: int = 0) -> Any:
     """A model of the family, the same for the same seed."""
     keras.utils.set_random_seed(seed)
-    model = CAUSAL[family]()
+    model = (CAUSAL | SEQ2SEQ)[family]()
     model.compile(sampler="greedy", run_eagerly=True)
     return loud(model, seed)
 
@@ -90,6 +113,6 @@ def loud(model: Any, seed: int = 0) -> Any:
     """Set every weight to random numbers of size 0.4: as initialised, attention would hardly change the logits."""
     random = np.random.default_rng(seed)
     for variable in model.weights:
-        if "seed" not in variable.path:
+        if "seed" not in variable.path and "inv_freq" not in variable.path:
             variable.assign(random.normal(0, 0.4, variable.shape))
     return model

@@ -1,0 +1,100 @@
+"""Encoder-decoder models: the encoder runs once per input, and no prefix is taken from another input."""
+
+from __future__ import annotations
+
+import keras_hub
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from kvcache_core import InvalidInput
+from kvcache_keras import KVCache
+from kvcache_keras.hub import attach
+from tests.adapters.keras_hub.families import SEQ2SEQ, VOCAB, build
+
+pytestmark = pytest.mark.filterwarnings("ignore:You are using a softmax over axis")
+
+
+def batch(family, seed=0, lengths=(5, 3, 5), width=12):
+    """Three rows, of which the first and the last have the same encoder input."""
+    random = np.random.default_rng(seed)
+    if family == "BART":
+        mask = np.arange(7) < np.array([7, 5, 7])[:, None]
+        read = {"encoder_token_ids": np.where(mask, random.integers(1, VOCAB, (3, 7)), 0).astype(np.int32)}
+    else:
+        mask = np.ones((3, 2000), bool)
+        read = {"encoder_input_values": random.normal(size=(3, 2000, 1)).astype(np.float32)}
+    for value in read.values():
+        value[2] = value[0]
+    given = np.arange(width) < np.array(lengths)[:, None]
+    ids = np.where(given, random.integers(1, VOCAB, (3, width)), 0)
+    inputs = {**read, "encoder_padding_mask": mask, "decoder_token_ids": ids.astype(np.int32)}
+    return {name: tf.constant(value) for name, value in (inputs | {"decoder_padding_mask": given}).items()}
+
+
+def run(model, inputs, function=None):
+    result = (function or model.make_generate_function())(dict(inputs), stop_token_ids=None)
+    return np.asarray(result["decoder_token_ids"])
+
+
+def own(model, inputs):
+    """KerasHub's own generation of an attached model."""
+    result = run(model, inputs, type(model).make_generate_function(model))
+    model.generate_function = None
+    return result
+
+
+def recompute(model, inputs):
+    tokens, given = np.array(inputs["decoder_token_ids"]), np.array(inputs["decoder_padding_mask"])
+    for column in range(given.sum(1).min(), tokens.shape[1]):
+        part = {
+            "decoder_token_ids": tf.constant(tokens[:, :column]),
+            "decoder_padding_mask": tf.ones((3, column), tf.bool),
+        }
+        logits = np.asarray(model({**inputs, **part}))[:, -1]
+        tokens[:, column] = np.where(given[:, column], tokens[:, column], logits.argmax(-1))
+    return tokens
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_generate(family):
+    model, first, second = build(family), batch(family), batch(family, seed=1)
+    expected = [recompute(model, inputs) for inputs in (first, second)]
+    np.testing.assert_array_equal(own(model, first), expected[0])
+    encoded = []
+    encode, model.call_encoder = (
+        model.call_encoder,
+        lambda *args, **named: encoded.append(args) or encode(*args, **named),
+    )
+    cache = KVCache(size=64, block_size=4)
+    attach(model, cache)
+    for inputs, tokens in zip((first, second, first), (*expected, expected[0]), strict=True):
+        np.testing.assert_array_equal(run(model, inputs), tokens)
+    assert len(encoded) == 1  # traced once; it ran once per input
+    hits = cache.stats().hit_tokens
+    assert hits >= 4 + 2 + 4  # the third call, by the first one's rows
+    model.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=3), run_eagerly=True)
+    np.testing.assert_array_equal(run(model, first), own(model, first))
+    assert cache.stats().bypassed_calls == 0
+    assert cache.stats().live_blocks == 0
+    cache.detach()
+    assert not any("call" in vars(layer) for layer in model._flatten_layers())
+
+
+def test_the_same_prompt_behind_another_input_is_not_found():
+    model, cache = build("BART"), KVCache(size=64, block_size=4)
+    attach(model, cache)
+    inputs = batch("BART", lengths=(9, 9, 9))
+    ids = np.array(inputs["decoder_token_ids"])
+    inputs["decoder_token_ids"] = tf.constant(np.repeat(ids[:1], 3, axis=0))
+    run(model, inputs)
+    assert cache.stats().hit_tokens == 0  # rows 0 and 2 share an input, but are computed in one step
+
+
+def test_families_without_an_adapter_are_refused_by_name():
+    class Other(keras_hub.models.BartSeq2SeqLM):
+        pass
+
+    backbone = build("BART").backbone
+    with pytest.raises(InvalidInput, match="Other"):
+        attach(Other(backbone, preprocessor=None), KVCache(size=4))
