@@ -25,9 +25,13 @@ except ImportError as missing:
         "kvcache_torch.hf needs transformers: install the extra 'hf' (pip install 'kvcache-core[hf]')"
     ) from missing
 
-__all__ = ["HFCache", "close_abandoned"]
+__all__ = ["HFCache", "Refused", "close_abandoned"]
 
 _abandoned: deque[CachedSequence] = deque()
+
+
+class Refused(InvalidInput):
+    """A call that cannot be served from the cache; says why."""
 
 
 class HFCache(Cache):
@@ -61,6 +65,8 @@ class HFCache(Cache):
         """[B, C], False where a column is padding."""
         self.shifts: NDArray[np.int64] = np.zeros(0, np.int64)
         """[B], how far the positions of a row lie from 0, 1, 2, ..."""
+        self.sources: tuple[bytes, ...] | None = None
+        """Per row, the digest of the encoder's output that it attends to."""
         weakref.finalize(self, _abandon, self.rows)
 
     # ---- what generate and the models ask ------------------------------------------------------
@@ -149,6 +155,7 @@ class HFCache(Cache):
             taken.add(index)
         at = np.asarray(indices, np.int64)
         self.replace(rows, self.ids[at], self.valid[at], self.shifts[at])
+        self.sources = self.sources and tuple(self.sources[index] for index in indices)
 
     def replace(
         self,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from kvcache_core.errors import CacheFull, InvalidInput, UsageError
@@ -20,13 +21,14 @@ from kvcache_core.plan import StepPlan
 from kvcache_torch.attention import select_outputs
 from kvcache_torch.context import local
 from kvcache_torch.driver import AttachedForward, Driver, device_of, logits_of, recording
-from kvcache_torch.hf import HFCache, close_abandoned
+from kvcache_torch.hf import HFCache, Refused, close_abandoned
+from kvcache_torch.hf_cross import CrossStates, Source, digests_of
 from kvcache_torch.hf_pass import Pass
-from kvcache_torch.hf_rows import columns_of, shifts_of
+from kvcache_torch.hf_rows import Columns, columns_of, shifts_of
 from kvcache_torch.hf_step import RecordingStepCache, ReturningStepCache, StepCache, implementation, state
 from kvcache_torch.step import Recorder, Step
 from kvcache_torch.store import dtype_name, torch_dtype
-from kvcache_torch.transparent import reason_to_bypass
+from kvcache_torch.transparent import reason_to_bypass, with_gradient_of
 
 __all__ = ["HFDriver"]
 
@@ -34,13 +36,10 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _PLAIN_ARGUMENTS = {
     *("input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "return_dict"),
     *("logits_to_keep", "labels", "cache_position", "num_items_in_batch"),
+    *("decoder_input_ids", "decoder_attention_mask", "decoder_position_ids", "encoder_outputs", "input_features"),
 }
 _POSITIONS_FROM_MASK = {"opt"}
 """Model types that count the mask's tokens when they are given no position_ids."""
-
-
-class Refused(InvalidInput):
-    """A call that cannot be served from the cache; says why."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,13 @@ class HFDriver(Driver):
         signature = inspect.signature(self.decoder.forward).parameters
         self.cache_name = "cache" if "cache" in signature else "past_key_values"
         self.takes_positions = "position_ids" in signature
-        self.positions_from_mask = not self.takes_positions or self.decoder.config.model_type in _POSITIONS_FROM_MASK
+        self.counts_columns = not self.takes_positions and hasattr(self.decoder, "embed_positions")
+        """Whether a token's position is its column: then rows of one step must start at the same position."""
+        from_mask = not self.takes_positions or self.decoder.config.model_type in _POSITIONS_FROM_MASK
+        self.positions_from_mask = from_mask and not self.counts_columns
+        self.has_encoder = bool(model.config.is_encoder_decoder)
+        self.cross = CrossStates()
+        self._seen: tuple[Tensor, Any, int, Source] | None = None
         self.returns = not model._supports_attention_backend
         """Whether the layers get K and V returned, because they call no registered attention function."""
         self.output_type: type[Any] = BaseModelOutputWithPast
@@ -95,10 +100,16 @@ class HFDriver(Driver):
     def describe(self) -> ModelSpec:
         """As :meth:`Driver.describe`; the output is the decoder's hidden state, the model's own head makes logits."""
         recorder = Recorder(device_of(self.model))
-        view = RecordingStepCache(0, 1) if self.returns else StepCache(0, 1)
+        view: Any = RecordingStepCache(0, 1) if self.returns else StepCache(0, 1)
+        more = {}
+        if self.has_encoder:
+            size = self.decoder.config.hidden_size
+            dtype = next(self.decoder.parameters()).dtype
+            more["encoder_hidden_states"] = torch.zeros(1, 1, size, dtype=dtype, device=device_of(self.model))
+            view = EncoderDecoderCache(view, DynamicCache())
         with recording(self.model, recorder), self._inside(view):
             ids = torch.zeros(1, 1, dtype=torch.int64, device=device_of(self.model))
-            output = self._decoder_forward(input_ids=ids, **self._arguments(recorder.positions))
+            output = self._decoder_forward(input_ids=ids, **self._arguments(recorder.positions, view, None), **more)
         if not recorder.layers:
             raise InvalidInput(
                 f"{type(self.model).__name__} gave its cache no K and V: its state is of another kind, which cannot "
@@ -113,24 +124,44 @@ class HFDriver(Driver):
 
     def run(self, tokens: Tensor, step: Step) -> Tensor:
         """The model over a step's new tokens: logits [B, T, V], or [B, 1, V]."""
-        with self._inside(self._view(step.plan)):
-            output = self.model.forward.original(input_ids=tokens, **self._arguments(step.positions))
+        if self.has_encoder:
+            raise InvalidInput("an encoder-decoder model needs its encoder's input too: use model.generate")
+        view = self._view(step.plan)
+        with self._inside(view):
+            arguments = self._arguments(step.positions, view, view.mask)
+            output = self.model.forward.original(input_ids=tokens, **arguments)
         return logits_of(output)
 
-    def hidden(self, plan: StepPlan, shifts: NDArray[np.int64]) -> Tensor:
-        """The decoder over a plan's new tokens: its hidden state [B, T, ...]."""
+    def hidden(self, plan: StepPlan, shifts: NDArray[np.int64], source: Source | None) -> Tensor:
+        """The decoder over a plan's new tokens: its hidden state [B, T, ...].
+
+        Args:
+            plan: the step.
+            shifts: int64 [B], added to the rows' positions.
+            source: what an encoder has given for the rows.
+        """
         store = self.cache.store
         step = Step(plan, store, torch_dtype(self.cache.spec.dtype))
         positions = step.positions
         if shifts.any():
             positions = positions + torch.from_numpy(shifts).to(store.device)[:, None]
+        own = self._view(plan)
+        view: Any = own
+        more: dict[str, Any] = {}
+        if source is not None:
+            view = self.cross.view(own, source, self.cache.core.namespace)
+            more["encoder_hidden_states"] = source.hidden
+            if source.mask is not None:
+                more["encoder_attention_mask"] = source.mask
         local.begin(step)
         try:
-            with torch.no_grad(), self._inside(self._view(plan)):
+            with torch.no_grad(), self._inside(view):
                 tokens = torch.from_numpy(plan.tokens).to(store.device)
-                output = self._decoder_forward(input_ids=tokens, **self._arguments(positions))
+                output = self._decoder_forward(input_ids=tokens, **self._arguments(positions, view, own.mask), **more)
         finally:
             local.end()
+        if source is not None:
+            self.cross.keep(view, source, self.cache.core.namespace)
         self.output_type = type(output)
         return logits_of(output)
 
@@ -141,13 +172,12 @@ class HFDriver(Driver):
             return ReturningStepCache(plan, self.cache.store, layers)
         return StepCache(int(plan.starts.max()), layers)
 
-    def _arguments(self, positions: Tensor) -> dict[str, Any]:
-        view: Any = state.view
+    def _arguments(self, positions: Tensor, view: Any, mask: Tensor | None) -> dict[str, Any]:
         arguments: dict[str, Any] = {self.cache_name: view, "use_cache": True, "return_dict": True}
         if self.takes_positions:
             arguments["position_ids"] = positions
         if self.returns:
-            arguments["attention_mask"] = view.mask
+            arguments["attention_mask"] = mask
         return arguments
 
     @property
@@ -155,7 +185,7 @@ class HFDriver(Driver):
         return self.decoder.forward.original  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
-    def _inside(self, view: StepCache) -> Iterator[None]:
+    def _inside(self, view: Any) -> Iterator[None]:
         """The model's layers get the view as their cache, and its attention goes through the step under way."""
         state.view = view
         try:
@@ -177,10 +207,12 @@ class HFDriver(Driver):
             raise UsageError("the HFCache belongs to another cache than the model is attached to")
         if not explicit and local.cache is not self.cache:
             return original(*args, **kwargs)
+        if given is not None and not explicit and given.get_seq_length():
+            return original(*args, **kwargs)  # another cache already holds this call's past
         close_abandoned()
         if "lengths" in arguments:
             arguments = _with_mask(dict(arguments))
-        reason = self._reason_to_refuse(arguments, given)
+        reason = self._reason_to_refuse(arguments)
         if reason is not None:
             if explicit:
                 raise InvalidInput(f"cannot use an HFCache here: {reason}")
@@ -215,7 +247,8 @@ class HFDriver(Driver):
             reason = f"the cache has no room for it ({error})" if isinstance(error, CacheFull) else str(error)
         finally:
             state.request = None
-        self.cache.bypass(arguments["input_ids"].numel(), reason)
+        ids = arguments["decoder_input_ids" if self.has_encoder else "input_ids"]
+        self.cache.bypass(ids.numel(), reason)
         return original(**self._as_outside(arguments, past))
 
     def _decode(self, arguments: dict[str, Any]) -> Any:
@@ -228,44 +261,82 @@ class HFDriver(Driver):
         shifts = shifts_of(columns, given, past.shifts, from_mask=self.positions_from_mask)
         if shifts is None:
             raise Refused("position_ids do not rise by one from token to token of a row")
-        hidden = Pass(self, past, columns, shifts, request.keep).run()
+        if shifts.any() and not self.takes_positions:
+            raise Refused("the model counts columns, and there is padding before a row's tokens")
+        hidden = Pass(self, past, columns, shifts, request.keep, self._source(arguments, len(shifts))).run()
+        if _wants_gradient(self.decoder):
+            hidden = with_gradient_of(lambda: self._without_cache(columns, shifts, request.keep), self.decoder, hidden)
         use_cache = arguments.get("use_cache")
         use_cache = self.decoder.config.use_cache if use_cache is None else use_cache
         output = self.output_type(last_hidden_state=hidden)
         output[self.cache_name] = past if use_cache else None
         return output.to_tuple() if arguments.get("return_dict") is False else output
 
+    def _without_cache(self, columns: Columns, shifts: NDArray[np.int64], keep: int) -> Tensor:
+        """What a call's result would be, computed without the cache."""
+        device = device_of(self.decoder)
+        mask = torch.from_numpy(columns.valid).to(device, torch.int64)
+        arguments = {"input_ids": torch.from_numpy(columns.ids).to(device), "attention_mask": mask, "use_cache": False}
+        if self.takes_positions:
+            own = (columns.valid.cumsum(axis=1) - 1).clip(min=0) + shifts[:, None]
+            arguments["position_ids"] = torch.from_numpy(own).to(device)
+        hidden = logits_of(self._decoder_forward(**arguments))[:, -columns.width :]
+        mask = mask[:, -columns.width :]
+        hidden = hidden * mask.reshape(*mask.shape, *[1] * (hidden.dim() - 2)).to(hidden.dtype)
+        if not keep:
+            return hidden
+        order = mask.sort(dim=1, stable=True).indices[:, -keep:]  # padding first, tokens behind it
+        return hidden[torch.arange(len(hidden), device=device)[:, None], order]
+
+    def _source(self, arguments: dict[str, Any], count: int) -> Source | None:
+        """What the encoder has given; its digests are made once for all steps that pass the same tensor."""
+        hidden, mask = arguments.get("encoder_hidden_states"), arguments.get("encoder_attention_mask")
+        if hidden is None:
+            return None
+        seen = self._seen
+        if seen is None or seen[0] is not hidden or seen[1] is not mask or seen[2] != hidden._version:
+            rows = hidden.expand(count, *hidden.shape[1:])
+            self._seen = seen = (hidden, mask, hidden._version, Source(rows, mask, digests_of(rows, mask)))
+        return seen[3]
+
     def _as_outside(self, arguments: dict[str, Any], past: HFCache) -> dict[str, Any]:
         """The arguments for computing a call without the cache; the past is computed again if there is one."""
-        count = past.get_seq_length()
-        if not count:
+        if not past.get_seq_length():
             return arguments
-        columns = columns_of(arguments["input_ids"], arguments.get("attention_mask"), past.ids, past.valid)
-        device = arguments["input_ids"].device
-        again = {**arguments, "input_ids": torch.from_numpy(columns.ids).to(device), self.cache_name: None}
-        again["attention_mask"] = torch.from_numpy(columns.valid).to(device, torch.int64)
-        if "position_ids" in arguments:
+        prefix = "decoder_" if self.has_encoder else ""
+        ids, mask, positions = (f"{prefix}{name}" for name in ("input_ids", "attention_mask", "position_ids"))
+        columns = columns_of(arguments[ids], arguments.get(mask), past.ids, past.valid)
+        device = arguments[ids].device
+        again = {**arguments, ids: torch.from_numpy(columns.ids).to(device), self.cache_name: None}
+        again[mask] = torch.from_numpy(columns.valid).to(device, torch.int64)
+        if positions in arguments:
             own = (columns.valid.cumsum(axis=1) - 1).clip(min=0) + past.shifts[:, None]
-            again["position_ids"] = torch.from_numpy(own).to(device)
-        again["logits_to_keep"] = arguments.get("logits_to_keep") or columns.width
+            again[positions] = torch.from_numpy(own).to(device)
+        if "logits_to_keep" in arguments:
+            again["logits_to_keep"] = arguments["logits_to_keep"] or columns.width
         past.reset()
         return again
 
-    def _reason_to_refuse(self, arguments: dict[str, Any], given: Any) -> str | None:
+    def _reason_to_refuse(self, arguments: dict[str, Any]) -> str | None:
         """Why a call cannot be served, or None."""
-        if given is not None and not isinstance(given, HFCache) and given.get_seq_length():
-            return "another transformers cache already holds its past"
         for name, value in arguments.items():
             if name not in _PLAIN_ARGUMENTS and value is not None and value is not False:
                 return f"arguments besides token ids, mask and positions are not cached (got {name})"
-        if arguments.get("input_ids") is None:
+        prefix = "decoder_" if self.has_encoder else ""
+        if arguments.get(f"{prefix}input_ids") is None:
             return "the cache needs token ids, got none"
-        mask = arguments.get("attention_mask")
+        mask = arguments.get(f"{prefix}attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             return "the attention mask is not [B, T]"
         if arguments.get("labels") is not None and torch.is_grad_enabled():
             return "a loss is asked for with gradients; use torch.no_grad() to use the cache"
+        if self.has_encoder and _wants_gradient(self.model):
+            return "gradients go through the encoder; use torch.no_grad() to use the cache"
         return reason_to_bypass(self.model)
+
+
+def _wants_gradient(model: nn.Module) -> bool:
+    return torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters())
 
 
 def _named(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kvcache_core.plan import StepPlan
 from kvcache_core.sequence import Sequence as CachedSequence
-from kvcache_torch.hf import HFCache
+from kvcache_torch.hf import HFCache, Refused
+from kvcache_torch.hf_cross import Source
 from kvcache_torch.hf_rows import Columns, waves_of
 
 __all__ = ["Pass"]
@@ -40,15 +41,25 @@ class Pass:
         columns: what the call was given.
         shifts: int64 [B], see :func:`kvcache_torch.hf_rows.shifts_of`.
         keep: outputs wanted, of each row's last tokens; 0 for all columns.
+        source: what an encoder has given for the rows, or None.
     """
 
-    def __init__(self, driver: Any, past: HFCache, columns: Columns, shifts: NDArray[np.int64], keep: int) -> None:
+    def __init__(
+        self,
+        driver: Any,
+        past: HFCache,
+        columns: Columns,
+        shifts: NDArray[np.int64],
+        keep: int,
+        source: Source | None,
+    ) -> None:
         self.driver = driver
         self.cache = driver.cache
         self.past = past
         self.columns = columns
         self.shifts = shifts
         self.keep = keep
+        self.source = source
         self.tokens = columns.new_tokens()
         self.found: dict[int, tuple[Part, int]] = {}
         """Per row: the part that computed it, and its row there."""
@@ -64,6 +75,7 @@ class Pass:
         goes_on = len(self.past.rows) and self.columns.same_past
         rows = self._go_on() if goes_on else self._open()
         self.past.replace(rows, self.columns.ids, self.columns.valid, self.shifts)
+        self.past.sources = None if self.source is None else self.source.digests
         return self._last() if self.keep else self._all()
 
     # ---- computing -----------------------------------------------------------------------------
@@ -71,20 +83,33 @@ class Pass:
     def _go_on(self) -> list[CachedSequence]:
         """Append the new tokens to the rows there are."""
         self.cache.notice_weights()
+        if self.source is not None and self.source.digests != self.past.sources:
+            raise Refused("the encoder's output is another one than the rows began with")
+        rows = self.past.rows
         there = [row for row, tokens in enumerate(self.tokens) if len(tokens)]
-        if there:
-            self._step(there, [self.past.rows[row] for row in there], [self.tokens[row] for row in there])
-        return list(self.past.rows)
+        lengths = [row.length for row in rows]
+        try:
+            for ats in self._together(there, rows):
+                self._step(ats, [rows[at] for at in ats], [self.tokens[at] for at in ats])
+        except BaseException:
+            for row, length in zip(rows, lengths, strict=True):
+                row.truncate(length)
+            raise
+        return list(rows)
+
+    def _together(self, ats: Sequence[int], rows: Any) -> list[list[int]]:
+        """Rows that one step may compute: all, but where a token's position is its column."""
+        groups: dict[int, list[int]] = {}
+        for at in ats:
+            groups.setdefault(rows[at].length if self.driver.counts_columns else 0, []).append(at)
+        return list(groups.values())
 
     def _open(self) -> list[CachedSequence]:
         """Start rows from what is cached; equal rows are computed once and forked."""
         self.cache.refresh()
         rows = self.columns.all_tokens()
-        first: dict[tuple[bytes, int], int] = {}
-        same = [
-            first.setdefault((row.tobytes(), int(shift)), at)
-            for at, (row, shift) in enumerate(zip(rows, self.shifts, strict=True))
-        ]
+        first: dict[tuple[bytes, bytes], int] = {}
+        same = [first.setdefault((row.tobytes(), self._extra_key(at)), at) for at, row in enumerate(rows)]
         alone = sorted(set(same))
         core, salt = self.cache.core, self.cache.salt
         known = [core.cached_length(rows[at], salt, extra_keys=self._extras(at)) for at in alone]
@@ -95,7 +120,8 @@ class Pass:
                 ats = [alone[number] for number in wave]
                 for at in ats:
                     opened[at] = self._open_row(rows[at], at)
-                self._step(ats, [opened[at] for at in ats], [rows[at][opened[at].length :] for at in ats])
+                for some in self._together(ats, opened):
+                    self._step(some, [opened[at] for at in some], [rows[at][opened[at].length :] for at in some])
             for at, source in enumerate(same):
                 self.found[at] = self.found[source]
                 result.append(opened[source] if at == source else opened[source].fork())
@@ -115,14 +141,22 @@ class Pass:
         return core.open(head, self.cache.salt, extra_keys=self._extras(at), max_new_tokens=reserve, outputs=outputs)
 
     def _extras(self, at: int) -> dict[int, bytes] | None:
+        key = self._extra_key(at)
+        return {0: key} if key else None
+
+    def _extra_key(self, at: int) -> bytes:
         """What besides the ids shapes a row's state."""
         shift = int(self.shifts[at])
-        return {0: b"positions from %d" % shift} if shift else None
+        key = b"positions from %d;" % shift if shift else b""
+        if self.source is not None:
+            key += b"source " + self.source.digests[at]
+        return key
 
     def _step(self, ats: Sequence[int], seqs: Sequence[CachedSequence], tokens: Sequence[NDArray[np.int64]]) -> None:
         """One step over rows ``ats``."""
+        source = None if self.source is None else self.source.rows(ats)
         with self.cache.transaction(seqs, tokens) as plan:
-            hidden = self.driver.hidden(plan, self.shifts[list(ats)])
+            hidden = self.driver.hidden(plan, self.shifts[list(ats)], source)
             self._store_outputs(plan, hidden)
         part = Part(plan, hidden)
         self.found.update((at, (part, number)) for number, at in enumerate(ats))

@@ -15,7 +15,7 @@ from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.frontend import Call
 from kvcache_torch.store import TensorStore
 
-__all__ = ["Rows", "assemble", "reason_to_bypass", "rows_of", "with_recomputed_gradient"]
+__all__ = ["Rows", "assemble", "reason_to_bypass", "rows_of", "with_gradient_of", "with_recomputed_gradient"]
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,12 @@ def with_recomputed_gradient(cache: Any, original: Callable[..., Any], x: Tensor
         output = rows.outside(original, x)
         return rows.last_of(output) if cache.outputs == "last" else output
 
-    weights = [weight for weight in cache.model.parameters() if weight.requires_grad]
+    return with_gradient_of(forward, cache.model, result)
+
+
+def with_gradient_of(forward: Callable[[], Tensor], model: nn.Module, result: Tensor) -> Tensor:
+    """``result``, whose backward pass runs ``forward``, which computes the same without the cache."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     return _RecomputedGradient.apply(forward, result, *weights)  # type: ignore[no-any-return]
 
 

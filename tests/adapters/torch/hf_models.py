@@ -28,6 +28,8 @@ _SMALL: dict[str, Any] = {
 }
 _GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 
+_BART_PART = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("Llama", _SMALL),
     "Mistral": ("Mistral", {**_SMALL, "sliding_window": 9}),
@@ -78,6 +80,39 @@ def decoder(family: str, seed: int = 0) -> Any:
     config = getattr(transformers, f"{name}Config")(**{**_COMMON, **settings})
     model = {"Gemma3Text": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
     return _random(getattr(transformers, model), config, seed)
+
+
+ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "T5": ("T5", {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}),
+    "BART": (
+        "Bart",
+        {
+            **{f"{part}_{what}": size for part in ("encoder", "decoder") for what, size in _BART_PART.items()},
+            "d_model": 32,
+            "max_position_embeddings": 64,
+            "dropout": 0.0,
+        },
+    ),
+    "Whisper": (
+        "Whisper",
+        {
+            **{f"{part}_{what}": size for part in ("encoder", "decoder") for what, size in _BART_PART.items()},
+            "d_model": 32,
+            "num_mel_bins": 6,
+            "max_source_positions": 12,
+            "max_target_positions": 64,
+            "begin_suppress_tokens": None,
+            "suppress_tokens": None,
+        },
+    ),
+}
+
+
+def encoder_decoder(family: str, seed: int = 0) -> Any:
+    """A random encoder-decoder model of the family, in evaluation mode."""
+    name, settings = ENCODER_DECODERS[family]
+    config = getattr(transformers, f"{name}Config")(**{**_COMMON, "decoder_start_token_id": 1, **settings})
+    return _random(getattr(transformers, f"{name}ForConditionalGeneration"), config, seed)
 
 
 def _random(build: Callable[..., Any], config: Any, seed: int) -> Any:

@@ -1,0 +1,206 @@
+"""What attaching a transformers model does and does not do."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from kvcache_core.errors import CacheFull, InvalidInput, KVCacheWarning, StaleSequence, UsageError
+from kvcache_torch import KVCache, generate
+from kvcache_torch.hf import HFCache
+from tests.adapters.torch.hf_models import VOCAB, decoder, encoder_decoder
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+
+
+@pytest.fixture
+def model() -> Any:
+    return decoder("Llama")
+
+
+@pytest.fixture
+def cache(model: Any) -> KVCache:
+    cache = KVCache(size=128, block_size=4)
+    cache.attach(model)
+    return cache
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(1, VOCAB, (2, 15), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: decoder("Mistral"), lambda: encoder_decoder("BART"), lambda: decoder("BLOOM")]
+)
+def test_detach_gives_back_exactly_the_model(build: Any) -> None:
+    model = build()
+    before = [(name, dict(vars(module))) for name, module in model.named_modules()]
+    cache = KVCache(size=64)
+    cache.attach(model)
+    assert cache.core.layout is not None  # described
+    cache.detach()
+    after = [(name, dict(vars(module))) for name, module in model.named_modules()]
+    assert [(name, list(known)) for name, known in before] == [(name, list(known)) for name, known in after]
+    for (_, one), (_, two) in zip(before, after, strict=True):
+        assert all(one[key] is two[key] for key in one)
+
+
+def test_outside_the_attached_model_is_as_before(model: Any, cache: KVCache, ids: torch.Tensor) -> None:
+    implementation = model.config._attn_implementation
+    with torch.no_grad():
+        model.generate(ids, **GREEDY, past_key_values=HFCache(cache))
+        assert model.config._attn_implementation == implementation
+        steps = cache.stats().miss_tokens
+        output = model(ids)
+    assert isinstance(output.cache, transformers.DynamicCache)
+    assert cache.stats().miss_tokens == steps
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, output.logits)
+    assert torch.equal(copy.deepcopy(model)(ids).logits, output.logits)
+
+
+def test_another_thread_runs_the_model_outside_a_step(model: Any, cache: KVCache, ids: torch.Tensor) -> None:
+    with torch.no_grad():
+        plain = model(ids).logits
+        expected = model.generate(ids, **GREEDY)
+    right: list[bool] = []
+
+    def outside() -> None:
+        with torch.no_grad():
+            right.extend(torch.allclose(model(ids).logits, plain, atol=1e-5) for _ in range(30))
+
+    def inside() -> None:
+        for _ in range(4):
+            right.append(torch.equal(model.generate(ids, **GREEDY, past_key_values=HFCache(cache)), expected))  # noqa: PERF401 - one by one, beside the other threads
+
+    threads = [threading.Thread(target=run) for run in (outside, inside, outside, inside)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(right) == 2 * 30 + 2 * 4
+    assert all(right)
+
+
+def test_an_hf_cache_needs_its_model(model: Any, cache: KVCache, ids: torch.Tensor) -> None:
+    other = decoder("Llama", seed=1)
+    with pytest.raises(UsageError, match="attach"):
+        other.generate(ids, **GREEDY, past_key_values=HFCache(cache))
+    second = KVCache(size=64)
+    second.attach(other)
+    with pytest.raises(UsageError, match="another cache"):
+        other.generate(ids, **GREEDY, past_key_values=HFCache(cache))
+
+
+def test_out_of_room(model: Any, ids: torch.Tensor) -> None:
+    cache = KVCache(size=6, block_size=4)
+    cache.attach(model)
+    with pytest.raises(CacheFull):
+        model.generate(ids, **GREEDY, past_key_values=HFCache(cache))
+    expected = model.generate(ids[:1], max_new_tokens=20, do_sample=False)
+    with cache, pytest.warns(KVCacheWarning, match="no room"):  # it fits at first, and no more after some tokens
+        assert torch.equal(model.generate(ids[:1], max_new_tokens=20, do_sample=False), expected)
+    assert cache.stats().open_sequences == 0
+    cache.core.check_valid()
+
+
+def test_what_is_not_cached_is_computed_as_outside(model: Any, cache: KVCache, ids: torch.Tensor) -> None:
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(ids)
+        plain = model(inputs_embeds=embeds).logits
+        states = model(ids, output_hidden_states=True).hidden_states
+        with cache, warnings.catch_warnings():
+            warnings.simplefilter("ignore", KVCacheWarning)
+            assert torch.equal(model(inputs_embeds=embeds).logits, plain)
+            assert torch.equal(model(ids, output_hidden_states=True).hidden_states[-1], states[-1])
+            assert cache.stats().bypassed_calls == 2
+        with pytest.raises(InvalidInput, match="token ids"):
+            model(inputs_embeds=embeds, cache=HFCache(cache))
+
+
+def test_gradients_are_those_of_the_uncached_model(model: Any, cache: KVCache, ids: torch.Tensor) -> None:
+    model(ids).logits.square().sum().backward()
+    plain = [weight.grad.clone() for weight in model.parameters()]
+    model.zero_grad()
+    with cache:
+        model(ids)
+        model(ids).logits.square().sum().backward()
+    for weight, expected in zip(model.parameters(), plain, strict=True):
+        assert torch.allclose(weight.grad, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_changed_weights_are_noticed(model: Any, cache: KVCache, ids: torch.Tensor) -> None:
+    kept = HFCache(cache)
+    out = model.generate(ids, **GREEDY, past_key_values=kept)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    with pytest.raises(StaleSequence):
+        model.generate(out, **GREEDY, past_key_values=kept)
+    hits = cache.stats().hit_tokens
+    assert torch.equal(model.generate(ids, **GREEDY, past_key_values=HFCache(cache)), model.generate(ids, **GREEDY))
+    assert cache.stats().hit_tokens == hits
+
+
+def test_positions_shape_the_key(cache: KVCache, ids: torch.Tensor) -> None:
+    cache.detach()
+    model = cache.attach(decoder("GPT-2"))
+    shifted = torch.arange(7, 22)[None]
+    with torch.no_grad():
+        plain = model(ids, position_ids=shifted).logits
+        with cache:
+            model(ids)
+            assert torch.allclose(model(ids, position_ids=shifted).logits, plain, atol=1e-5)
+            assert torch.allclose(model(ids, position_ids=shifted).logits, plain, atol=1e-5)
+
+
+def test_a_mask_that_changes_later_is_followed(model: Any, cache: KVCache, ids: torch.Tensor) -> None:
+    kept = HFCache(cache)
+    out = model.generate(ids, **GREEDY, past_key_values=kept)
+    mask = torch.ones_like(out)
+    mask[0, 17:] = 0  # as if row 0 had ended early and the rest were padding
+    turn = torch.cat([out, ids[:, :3]], dim=1)
+    mask = torch.cat([mask, torch.ones(2, 3, dtype=torch.int64)], dim=1)
+    new = model.generate(turn, attention_mask=mask, **GREEDY, past_key_values=kept)
+    for row in range(2):
+        alone = model.generate(turn[row][mask[row].bool()][None], **GREEDY)
+        assert torch.equal(new[row, turn.shape[1] :], alone[0, -5:])
+
+
+def test_beam_search_equals_the_librarys_own(model: Any, cache: KVCache, ids: torch.Tensor) -> None:
+    theirs = model.generate(ids, max_new_tokens=6, num_beams=3, do_sample=False, past_key_values=HFCache(cache))
+    ours = generate(model, ids.tolist(), max_new_tokens=6, num_beams=3, cache=cache)
+    assert theirs[:, 15:].tolist() == ours
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "reason"),
+    [
+        ("Mamba", {"hidden_size": 32, "num_hidden_layers": 2}, "linear_attention.*recurrent"),
+        ("Rwkv", {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}, "recurrent state"),
+        (
+            "Lfm2",
+            {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "layer_types": ["conv", "full_attention"],
+            },
+            "conv",
+        ),
+    ],
+)
+def test_other_state_is_refused(name: str, settings: dict[str, Any], reason: str) -> None:
+    config = getattr(transformers, f"{name}Config")(vocab_size=VOCAB, **settings)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with pytest.raises(InvalidInput, match=reason):
+        KVCache(size=16).attach(model)
+    assert "forward" not in vars(model)
