@@ -4,6 +4,7 @@ Decides what is where: layout, positions, prefix sharing and LRU block eviction,
 ``kvcache_torch`` and ``kvcache_keras`` keep the bytes in native tensors.
 """
 
+from kvcache_core.admission import AfterSightings, Sampled
 from kvcache_core.cache import BlockCache
 from kvcache_core.errors import (
     BlockError,
@@ -25,6 +26,7 @@ from kvcache_core.stats import CacheStats
 __version__ = "0.1.0"
 
 __all__ = [
+    "AfterSightings",
     "ArraySpec",
     "BlockCache",
     "BlockError",
@@ -37,6 +39,7 @@ __all__ = [
     "KVCacheError",
     "KVCacheWarning",
     "LayerSpec",
+    "Sampled",
     "Sequence",
     "SequenceClosed",
     "StaleSequence",

@@ -12,6 +12,7 @@ import time
 import warnings
 import weakref
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvcache_core.activation import ActivationSite, Bypassed
+from kvcache_core.admission import Admission, admission
 from kvcache_core.cache import BlockCache
 from kvcache_core.errors import CacheFull, InvalidInput, InvalidType, KVCacheWarning, UsageError
 from kvcache_core.identity import named_identity, weights_identity
@@ -27,12 +30,14 @@ from kvcache_core.layout import BlockLayout, LayerSpec
 from kvcache_core.plan import StepPlan
 from kvcache_core.sampling import log_softmax
 from kvcache_core.sequence import Sequence as CachedSequence
+from kvcache_core.sites import Sites
 from kvcache_core.sizes import parse_memory
 from kvcache_core.stats import CacheStats
 from kvcache_core.store import KVStore
 from kvcache_core.tiering import TierStack, TierStats
 from kvcache_core.tiers import Tier
 from kvcache_core.types import TokenIds
+from kvcache_core.weights import check_verify
 
 __all__ = ["PREFILL_CHUNK", "Call", "FrontendCache", "ModelSpec", "parse_memory"]
 
@@ -91,7 +96,7 @@ class FrontendCache(ABC):
     """The base of both adapters' ``KVCache``.
 
     Args:
-        size: capacity in blocks. Default 4096 when no ``memory`` is given.
+        size: capacity in blocks, or in entries for activations. Default 4096 when no ``memory`` is given.
         memory: capacity in bytes instead, as a number or text like ``"2GiB"``.
         block_size: tokens per block.
         dtype: stored dtype of K and V; default is the model's.
@@ -99,6 +104,10 @@ class FrontendCache(ABC):
         tiers: where evicted blocks go and come back from, nearest first: ``"ram:4GiB"``,
             ``"disk:PATH?max=20GiB"``, ``"valkey://HOST:PORT/DB?ttl=SECONDS"`` or tier objects.
         promote: ``"auto"``: tiers are used while loading costs less than recomputing; or ``"always"``.
+        admit: which activations are kept: ``"all"``, :class:`~kvcache_core.admission.Sampled` or
+            :class:`~kvcache_core.admission.AfterSightings`.
+        verify: how changed weights are noticed: ``"sample"`` of their content, ``"full"`` (every byte), or
+            ``"never"``: only :meth:`invalidate` counts.
 
     Raises:
         InvalidInput: a size, memory or block size that is no positive amount, or both size and memory; a malformed
@@ -116,6 +125,8 @@ class FrontendCache(ABC):
         salt: bytes = b"",
         tiers: Sequence[str | Tier] = (),
         promote: str = "auto",
+        admit: Admission | str = "all",
+        verify: str = "sample",
     ) -> None:
         if size is not None and memory is not None:
             raise InvalidInput(f"give size (blocks) or memory (bytes), not both; got {size!r} and {memory!r}")
@@ -132,7 +143,12 @@ class FrontendCache(ABC):
         self._block_size = block_size
         self._dtype = None if dtype is None else self._dtype_name(dtype)
         self.salt = salt
+        self.verify = check_verify(verify)
         self.model: Any = None
+        self.sites = Sites(self._size, self._memory, admission(admit))
+        self._kind: str | None = None
+        self._site_options: dict[str, Any] = {}
+        self.saw_attention = False
         self._served: Callable[[], Any] = lambda: None
         self.outputs = "all"
         self.identity: str | None = None
@@ -141,6 +157,7 @@ class FrontendCache(ABC):
         self._store: Any = None
         self._epoch = b""
         self._bypassed_calls = 0
+        self._bypass_reasons: Counter[str] = Counter()
         self._bypassed_tokens = 0
         self._saved_output_tokens = 0
         self._warned: set[str] = set()
@@ -161,6 +178,10 @@ class FrontendCache(ABC):
     def _describe(self, model: Any) -> ModelSpec:
         """Run the model on one token and report what its attention layers store."""
 
+    def _new_site(self, module: Any, **options: Any) -> ActivationSite:
+        """What keeps a module's results per sample."""
+        raise UsageError("this adapter serves token models only")
+
     @abstractmethod
     def _new_store(self, layout: BlockLayout, num_blocks: int) -> KVStore:
         """Native storage for the layout."""
@@ -168,6 +189,14 @@ class FrontendCache(ABC):
     @abstractmethod
     def _fingerprint(self, model: Any) -> bytes:
         """Bytes that change when the model's weights change."""
+
+    def _install_part(self, model: Any) -> None:
+        """:meth:`_install` for a module whose results are kept per sample."""
+        self._install(model)
+
+    def _has_embedding(self, model: Any) -> bool:
+        """Whether the model looks ids up, so that it may be run on one to see whether it is a token model."""
+        return False
 
     @abstractmethod
     def _install(self, model: Any) -> None:
@@ -239,45 +268,113 @@ class FrontendCache(ABC):
 
     # ---- attaching -----------------------------------------------------------------------------
 
-    def attach(self, model: Any, *, outputs: str = "all", identity: str | None = None) -> Any:
+    def attach(
+        self,
+        model: Any,
+        *,
+        outputs: str = "all",
+        identity: str | None = None,
+        kind: str | None = None,
+        shared: Sequence[str] = (),
+        side_effects: bool = False,
+    ) -> Any:
         """Serve ``model`` from this cache inside ``with cache:``; returns the model.
 
+        A *token model*'s attention state is kept per token, any other module's result per sample of its batch (an
+        *activation*). Unless ``kind`` says it, the first use decides: a module that has an embedding, or is called
+        with integer ids [B, T] alone, is run on one token, and is a token model if it calls this adapter's
+        ``attention``. ``generate``, ``open`` and ``step`` are for token models.
+
         Args:
-            model: a token model built from this adapter's ``attention`` and ``positions``.
+            model: a token model built from this adapter's ``attention`` and ``positions``, or any module, also a
+                part of a model, that computes each sample from the sample's own inputs.
             outputs: ``"all"``: ``model(x)`` gives its full output, and outputs are stored to that end;
                 ``"last"``: it gives the last position only, [B, 1, ...], and no outputs are stored.
             identity: a name for these weights, ``"name@version"``, instead of a digest of their content.
+            kind: ``"tokens"`` or ``"activation"``. A cache serves one token model, and as many modules as are
+                attached with ``"activation"``.
+            shared: for activations: keyword arguments whose tensors belong to all samples, whatever their first
+                dimension. Without it, tensors with the batch's first dimension are split into samples.
+            side_effects: for activations: the module does more than compute its output, so every call runs it.
 
         Raises:
             UsageError: the model is attached to another cache, or this cache has another model.
         """
+        if kind not in (None, "tokens", "activation"):
+            raise InvalidInput(f"kind must be 'tokens', 'activation' or None, got {kind!r}")
         if outputs not in ("all", "last"):
             raise InvalidInput(f"outputs must be 'all' or 'last', got {outputs!r}")
         other = attached_to(model)
         if other is not None and other is not self:
             raise UsageError("the model is attached to another cache; call that cache's detach() first")
+        if self.model is not None and self.model is not model and kind != "activation" != self._kind:
+            raise UsageError(
+                "this cache has a model already; call detach() first, or make a second cache (modules attached with "
+                "kind='activation' may be as many as you like)"
+            )
+        if other is None:
+            (self._install_part if kind == "activation" else self._install)(model)
+            _attached[id(model)] = (weakref.ref(model), weakref.ref(self))
+        options = {"identity": identity, "shared": tuple(shared), "side_effects": side_effects}
+        if kind == "activation":
+            self.sites.add(self._new_site(model, **options))
         if self.model is not None and self.model is not model:
-            raise UsageError("this cache has a model already; call detach() first, or make a second cache")
+            return model
         if self._served() is not model or outputs != self.outputs:
             # Another model, or another layout: what is stored does not fit it.
             self._core = self._store = self.spec = None
         self._served = weakref.ref(model)
-        if other is None:
-            self._install(model)
-            _attached[id(model)] = (weakref.ref(model), weakref.ref(self))
         self.model, self.outputs, self.identity = model, outputs, identity
+        self._kind, self._site_options = kind or ("tokens" if self._core is not None else None), options
         return model
 
-    def detach(self) -> Any:
-        """Undo :meth:`attach`; returns the model as it was. What is cached stays, for when it is attached again."""
-        if self.model is None:
+    def detach(self, model: Any = None) -> Any:
+        """Undo :meth:`attach`; returns the model as it was. What is cached stays, for when it is attached again.
+
+        Args:
+            model: which one, if several are attached; default the first one.
+        """
+        model = self.model if model is None else model
+        if model is None or attached_to(model) is not self:
             raise UsageError("no model is attached to this cache")
         if self._active() is self:
             raise UsageError("cannot detach inside `with cache:`; leave the block first")
-        model, self.model = self.model, None
         self._uninstall(model)
         _attached.pop(id(model), None)
+        self.sites.remove(model)
+        if model is self.model:
+            self.model = next((site.module for site in self.sites), None)
+            self._kind = None if self.model is None else "activation"
         return model
+
+    def site_of(self, model: Any, looks_like_ids: bool) -> ActivationSite | None:
+        """What keeps the attached module's results per sample; None for the token model.
+
+        Args:
+            model: an attached module.
+            looks_like_ids: whether it is being called with integer ids [B, T] alone.
+        """
+        site = self.sites.get(model)
+        if site is not None or self._kind == "tokens":
+            return site
+        # Not under the lock: an adapter may look in another thread.
+        if looks_like_ids and self._is_token_model():
+            return None
+        with self._prepare_lock:
+            if self.sites.get(model) is None:
+                self._kind = "activation"
+                self.sites.add(self._new_site(model, **self._site_options))
+            return self.sites.get(model)
+
+    def _is_token_model(self) -> bool:
+        self.saw_attention = False
+        try:
+            self._prepare()
+        except Exception:
+            if self.saw_attention:
+                raise
+            return False
+        return True
 
     def __enter__(self) -> Any:
         active = self._active()
@@ -287,7 +384,12 @@ class FrontendCache(ABC):
         self._check_attached()
         self._set_active(self)
         try:
-            self.refresh()
+            for site in self.sites:
+                site.entered()
+            if self._kind is None and self._has_embedding(self.model):
+                self.site_of(self.model, True)
+            if self._kind == "tokens":
+                self.refresh()
         except BaseException:
             self._set_active(None)
             raise
@@ -317,6 +419,11 @@ class FrontendCache(ABC):
         return self._store
 
     @property
+    def epoch(self) -> bytes:
+        """Changes with :meth:`invalidate`."""
+        return self._epoch
+
+    @property
     def exact(self) -> bool:
         """Whether stored values are what the model computed: no lossy dtype."""
         return self.spec is None or self._dtype is None or self._dtype == self.spec.dtype
@@ -328,7 +435,12 @@ class FrontendCache(ABC):
             if self._core is not None:
                 return
             self._check_attached()
+            if self._kind == "activation":
+                raise UsageError(
+                    "this cache keeps the activations of a module; sequences and steps are for token models"
+                )
             self.spec = self._describe(self.model)
+            self._kind = "tokens"
             layers = self.spec.layers
             if self.outputs == "all":
                 layers += (LayerSpec.output(self.spec.output_size, self.spec.output_dtype),)
@@ -385,6 +497,8 @@ class FrontendCache(ABC):
         """Never find anything again that was computed before now."""
         # Random, so that keys in a tier cannot be those of an earlier run either.
         self._epoch = os.urandom(16)
+        for site in self.sites:
+            site.entered()
         if self._core is not None and self.model is not None:
             self.refresh()
 
@@ -607,12 +721,13 @@ class FrontendCache(ABC):
             for seq in seqs:
                 core.close(seq)
 
-    def bypass(self, tokens: int, reason: str) -> None:
+    def bypass(self, tokens: int, reason: str, *, warn: bool = True) -> None:
         """Count a call that is computed as outside, and say so once per reason."""
         self._bypassed_calls += 1
         self._bypassed_tokens += tokens
-        kind = reason.split("(", 1)[0]
-        if kind not in self._warned:
+        kind = reason.split("(", 1)[0].strip()
+        self._bypass_reasons[kind] += 1
+        if warn and kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(f"computed without the cache: {reason}", KVCacheWarning, stacklevel=3)
 
@@ -632,8 +747,22 @@ class FrontendCache(ABC):
 
     # ---- housekeeping --------------------------------------------------------------------------
 
-    def warm(self, prompts: Sequence[TokenIds]) -> int:
-        """Compute prompts before traffic comes; returns how many tokens were not cached yet."""
+    def serve(self, site: ActivationSite, original: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, bool]:
+        """``module(*args, **kwargs)`` from its activations; or (what is known of it, False): compute it as outside."""
+        try:
+            return site.serve(original, args, kwargs), True
+        except Bypassed as bypassed:
+            self.bypass(0, bypassed.reason, warn=not bypassed.expected)
+            return bypassed.output, False
+
+    def warm(self, prompts: Sequence[Any]) -> int:
+        """Compute prompts before traffic comes; returns how many tokens were not cached yet.
+
+        For activations: inputs, each a tensor, a tuple of arguments or a dict of keyword arguments; returns how
+        many samples were not cached yet.
+        """
+        if self._kind == "activation" or (self._kind is None and not _are_prompts(prompts)):
+            return self._warm_entries(prompts)
         computed = 0
         self.refresh()
         for prompt in prompts:
@@ -645,6 +774,16 @@ class FrontendCache(ABC):
             finally:
                 seq.close()
         return computed
+
+    def _warm_entries(self, inputs: Sequence[Any]) -> int:
+        before = self.sites.entries.miss_entries
+        with self:
+            for given in inputs:
+                if isinstance(given, dict):
+                    self.model(**given)
+                else:
+                    self.model(*(given if isinstance(given, tuple) else (given,)))
+        return self.sites.entries.miss_entries - before
 
     def resize(self, size: int | None = None, *, memory: str | int | None = None) -> None:
         """Change the capacity while it is in use, in blocks or bytes. Shrinking evicts; nothing in use is lost.
@@ -659,6 +798,7 @@ class FrontendCache(ABC):
             size, memory = None, size
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise InvalidInput(f"size must be a whole number of blocks, at least 1; got {size!r}")
+        self.sites.entries.resize(size, memory=None if memory is None else parse_memory(memory))
         if self._core is None:
             self._size, self._memory = size, None if memory is None else parse_memory(memory)
             return
@@ -670,6 +810,7 @@ class FrontendCache(ABC):
 
     def clear(self) -> None:
         """Drop everything cached that no open sequence holds."""
+        self.sites.clear()
         if self._core is not None:
             self._core.clear()
 
@@ -700,22 +841,39 @@ class FrontendCache(ABC):
 
     def stats(self) -> CacheStats:
         """Counters and contents; zeros before the first use."""
+        entries = self.sites.entries
         if self._core is None:
             stats = CacheStats(block_size=self._block_size, num_blocks=self._size or 0)
         else:
             stats = replace(self._core.stats(), bytes=self._store.nbytes)
         return replace(
             stats,
+            bytes=stats.bytes + entries.bytes,
             bypassed_calls=self._bypassed_calls,
             bypassed_tokens=self._bypassed_tokens,
             saved_output_tokens=self._saved_output_tokens,
             **({} if self._tiers is None else self._tiers.counters()),
+            entries=len(entries),
+            hit_entries=entries.hit_entries,
+            miss_entries=entries.miss_entries,
+            evicted_entries=entries.evicted_entries,
+            refused_entries=entries.refused_entries,
+            seconds_saved=self.sites.seconds_saved,
+            seconds_spent=self.sites.seconds_spent,
+            bypass_reasons=dict(self._bypass_reasons),
         )
 
 
 def _ragged(values: NDArray[Any], token_ids: Sequence[TokenIds]) -> list[NDArray[Any]]:
     """[B, T, ...] without padding, row by row."""
     return [row[: len(ids)] for row, ids in zip(values, token_ids, strict=True)]
+
+
+def _are_prompts(prompts: Sequence[Any]) -> bool:
+    """Whether each is a list of token ids."""
+    return all(
+        isinstance(prompt, list | tuple) and all(isinstance(token, int) for token in prompt) for prompt in prompts
+    )
 
 
 _attached: dict[int, tuple[weakref.ref[Any], weakref.ref[FrontendCache]]] = {}

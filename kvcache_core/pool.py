@@ -199,9 +199,13 @@ class BlockPool:
 
     def drop_cached(self) -> list[int]:
         """Evict every cached block; returns their ids, which are free now."""
-        dropped = self._evict(self.num_cached)
-        self.free.put(np.array(dropped, np.int32))
-        return dropped
+        return self.evict(self.num_cached)
+
+    def evict(self, count: int) -> list[int]:
+        """Evict the ``count`` least recently used cached blocks, or all if there are fewer; they are free now."""
+        evicted = self._evict(min(count, self.num_cached))
+        self.free.put(np.array(evicted, np.int32))
+        return evicted
 
     def lru_order(self) -> list[int]:
         """The cached blocks, next to be evicted first."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 __all__ = ["CacheStats"]
 
@@ -31,6 +32,14 @@ class CacheStats:
         dropped_blocks: evicted blocks that could not, because too many were waiting to be written.
         promoted_blocks: blocks that came back from a lower tier.
         promoted_tokens: their tokens; part of ``hit_tokens``.
+        hit_entries: samples whose activation was found, or computed for an equal sample of the same call.
+        miss_entries: samples that had to be computed.
+        evicted_entries: activations given up for room.
+        refused_entries: activations that were computed and not kept, because of ``admit=`` or for lack of room.
+        entries: activations that can be found now.
+        seconds_saved: what the hits would have taken to compute, estimated from the misses.
+        seconds_spent: what hashing, looking up and copying activations took.
+        bypass_reasons: {why: calls} of ``bypassed_calls``.
     """
 
     hit_tokens: int = 0
@@ -51,6 +60,14 @@ class CacheStats:
     dropped_blocks: int = 0
     promoted_blocks: int = 0
     promoted_tokens: int = 0
+    hit_entries: int = 0
+    miss_entries: int = 0
+    evicted_entries: int = 0
+    refused_entries: int = 0
+    entries: int = 0
+    seconds_saved: float = 0.0
+    seconds_spent: float = 0.0
+    bypass_reasons: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def hit_ratio(self) -> float:
@@ -58,13 +75,19 @@ class CacheStats:
         total = self.hit_tokens + self.miss_tokens
         return self.hit_tokens / total if total else 0.0
 
-    def __getitem__(self, name: str) -> int:
+    @property
+    def entry_hit_ratio(self) -> float:
+        """Hit samples over all samples; 0.0 before the first."""
+        total = self.hit_entries + self.miss_entries
+        return self.hit_entries / total if total else 0.0
+
+    def __getitem__(self, name: str) -> Any:
         if name not in asdict(self):
             raise KeyError(f"no counter {name!r}; there are {', '.join(self)}")
-        return int(getattr(self, name))
+        return getattr(self, name)
 
     def __iter__(self) -> Iterator[str]:
-        return (field.name for field in fields(self))
+        return (each.name for each in fields(self))
 
     def keys(self) -> list[str]:
         """The counters' names, so that ``dict(stats)`` works."""

@@ -89,6 +89,7 @@ class KVCache(FrontendCache):
         with tf.init_scope(), not_recording():
             build(model)
             recorder = Recorder(masks_zero=self.masks_zero)
+            self.saw_attention = True
             with stepping(recorder):
                 output = run_model(model, tf.zeros((1, 1), tf.int32))
         if not tf.is_tensor(output) or output.shape[:2] != (1, 1):
@@ -105,6 +106,9 @@ class KVCache(FrontendCache):
             dtype_name(output.dtype),
             vocabulary,
         )
+
+    def _has_embedding(self, model: Any) -> bool:
+        return True
 
     def _new_store(self, layout: BlockLayout, num_blocks: int) -> TensorStore:
         return TensorStore(layout, num_blocks)

@@ -14,8 +14,9 @@ from kvcache_core.errors import InvalidType
 from kvcache_core.frontend import Call, FrontendCache, ModelSpec
 from kvcache_core.layout import BlockLayout
 from kvcache_core.plan import StepPlan
+from kvcache_torch.activation import Site
 from kvcache_torch.context import local
-from kvcache_torch.driver import Driver, device_of, driver_of, evaluating, logits_of
+from kvcache_torch.driver import AttachedForward, Driver, device_of, driver_of, evaluating, logits_of
 from kvcache_torch.recompute import recompute, target_scores, widened
 from kvcache_torch.step import Step
 from kvcache_torch.store import TensorStore, dtype_name, torch_dtype
@@ -66,6 +67,12 @@ class KVCache(FrontendCache):
     def _describe(self, model: nn.Module) -> ModelSpec:
         return self._driver.describe()
 
+    def _new_site(self, module: nn.Module, **options: Any) -> Site:
+        return Site(self, module, **options)
+
+    def _has_embedding(self, model: nn.Module) -> bool:
+        return any(isinstance(module, nn.Embedding) for module in model.modules())
+
     def _new_store(self, layout: BlockLayout, num_blocks: int) -> TensorStore:
         return TensorStore(layout, num_blocks, device_of(self.model))
 
@@ -101,8 +108,17 @@ class KVCache(FrontendCache):
         self._driver = driver_of(self, model)
         self._driver.install()
 
+    def _install_part(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise InvalidType(f"kvcache_torch attaches a torch.nn.Module, got {type(model).__name__}")
+        Driver(self, model).install()
+
     def _uninstall(self, model: nn.Module) -> None:
-        self._driver.uninstall()
+        driver = vars(self).get("_driver")
+        if driver is None or driver.model is not model:
+            AttachedForward.uninstall(model)
+            return
+        driver.uninstall()
         del self._driver  # it holds the model
 
     @property

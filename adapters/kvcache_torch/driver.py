@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvcache_core.errors import InvalidInput
+from kvcache_core.errors import InvalidInput, KVCacheError
 from kvcache_core.frontend import ModelSpec
+from kvcache_torch import activation
 from kvcache_torch.context import local
 from kvcache_torch.step import Recorder, Step
 from kvcache_torch.store import dtype_name
@@ -49,6 +50,9 @@ class Driver:
         """A call of the attached model."""
         if torch.compiler.is_compiling() or local.cache is not self.cache or local.stepping:
             return original(*args, **kwargs)
+        site = self.cache.site_of(self.model, looks_like_ids(args, kwargs))
+        if site is not None:
+            return activation.call(self.cache, site, original, args, kwargs)
         return self.cache.transparent_call(original, args, kwargs)
 
     def describe(self) -> ModelSpec:
@@ -59,8 +63,14 @@ class Driver:
         """
         model, device = self.plain, device_of(self.model)
         recorder = Recorder(device)
-        with recording(model, recorder):
-            output = plain_forward(model)(torch.zeros(1, 1, dtype=torch.int64, device=device))
+        try:
+            with recording(model, recorder):
+                output = plain_forward(model)(torch.zeros(1, 1, dtype=torch.int64, device=device))
+        except KVCacheError:  # `attention` or `positions` refused
+            self.cache.saw_attention = True
+            raise
+        finally:
+            self.cache.saw_attention |= bool(recorder.layers)
         if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[:2] != (1, 1):
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise InvalidInput(f"a token model must map ids [B, T] to a tensor [B, T, ...], got {found} for [1, 1]")
@@ -82,11 +92,18 @@ def driver_of(cache: Any, model: nn.Module) -> Driver:
     """The driver for this kind of model."""
     transformers = sys.modules.get("transformers")
     plain = getattr(model, "_orig_mod", model)
-    if transformers is not None and isinstance(plain, transformers.PreTrainedModel):
+    # One that cannot generate is an encoder: kept per sample, if it does not call `attention` itself.
+    if transformers is not None and isinstance(plain, transformers.PreTrainedModel) and plain.can_generate():
         from kvcache_torch.hf_driver import HFDriver
 
         return HFDriver(cache, model)
     return Driver(cache, model)
+
+
+def looks_like_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call is one of a token model: integer ids [B, T], and at most what says which are padding."""
+    integers = len(args) == 1 and isinstance(args[0], Tensor) and not args[0].is_floating_point()
+    return integers and args[0].dim() == 2 and not kwargs.keys() - {"lengths", "mask", "attention_mask"}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,164 @@
+"""Noticing that a module's weights changed."""
+
+from __future__ import annotations
+
+import itertools
+from operator import is_
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kvcache_core.weights import ContentSample, digest_of
+
+__all__ = ["Fingerprint"]
+
+_numbers = itertools.count(1)
+
+
+class Fingerprint:
+    """Names the state of a module's parameters and buffers by a number that is never used again.
+
+    A :meth:`look` compares, cheapest first: which tensors the module has, where their memory is, their version
+    counters (every in-place change outside ``.data`` moves them), and a sample of their content.
+
+    Args:
+        module: the module.
+        verify: ``"sample"``, ``"full"`` (every byte is hashed at every look), or ``"never"``.
+    """
+
+    def __init__(self, module: nn.Module, verify: str) -> None:
+        self.module = module
+        self.verify = verify
+        self._collect()
+
+    @property
+    def value(self) -> bytes:
+        """Bytes that stand for the state that the last look found."""
+        return self._value
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Parameters and buffers, as the last look found them."""
+        return self._tensors
+
+    @property
+    def trains(self) -> bool:
+        """Whether a parameter wants gradients."""
+        return any(tensor.requires_grad for tensor in self._parameters)
+
+    def look(self) -> bool:
+        """Whether anything changed since the last look."""
+        if self.verify == "never":
+            return False
+        if self.verify == "full":
+            before = self._value
+            if not self._same_tensors():
+                self._collect()
+            else:
+                self._value = self._digest()
+            return self._value != before
+        if self.quick_look():
+            return True
+        if self._sample is not None and self._sample.changed():
+            self._renumber()
+            return True
+        return False
+
+    def quick_look(self) -> bool:
+        """As :meth:`look`, without reading any content."""
+        if self.verify == "never":
+            return False
+        if not self._same_tensors():
+            self._collect()
+            return True
+        versions = [tensor._version for tensor in self._counted]
+        if versions == self._versions:
+            return False
+        self._versions = versions
+        if self._sample is not None:
+            self._sample.changed()
+        self._renumber()
+        return True
+
+    def _renumber(self) -> None:
+        self._value = self._digest() if self.verify == "full" else next(_numbers).to_bytes(16, "little")
+
+    def _digest(self) -> bytes:
+        return digest_of([_memory(tensor.cpu()) for tensor in self._tensors])
+
+    def _same_tensors(self) -> bool:
+        return (
+            [len(held) for held in self._held] == self._lengths
+            and all(map(is_, (item for held in self._held if held for item in held.values()), self._items))
+            and [tensor.data_ptr() for tensor in self._tensors] == self._places
+        )
+
+    def _collect(self) -> None:
+        """Find the tensors, and where each is held."""
+        self._held = [
+            held for module in self.module.modules() for held in (module._modules, module._parameters, module._buffers)
+        ]
+        self._lengths = [len(held) for held in self._held]
+        self._items = [item for held in self._held for item in held.values()]
+        self._parameters = list(self.module.parameters())
+        self._tensors = [*self._parameters, *self.module.buffers()]
+        self._places = [tensor.data_ptr() for tensor in self._tensors]
+        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._versions = [tensor._version for tensor in self._counted]
+        self._sample = self._new_sample() if self.verify == "sample" else None
+        self._renumber()
+
+    def _new_sample(self) -> Any:
+        here = [tensor for tensor in self._tensors if tensor.device.type == "cpu" and tensor.numel()]
+        away = [tensor for tensor in self._tensors if tensor.device.type not in ("cpu", "meta") and tensor.numel()]
+        samples: list[Any] = [_DeviceSample(away)] if away else []
+        if here:
+            rows = [tensor.shape[-1] if tensor.dim() > 1 else 1 for tensor in here]
+            samples.append(ContentSample([_memory(tensor) for tensor in here], rows))
+        return _Samples(samples)
+
+
+class _Samples:
+    """Several samples looked at together."""
+
+    def __init__(self, samples: list[Any]) -> None:
+        self._samples = samples
+
+    def changed(self) -> bool:
+        found = [sample.changed() for sample in self._samples]  # each must look
+        return any(found)
+
+
+class _DeviceSample:
+    """A strided sample of tensors on a device, compared there; a look waits for the device once."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._views = [_flat(tensor)[:: max(1, tensor.numel() // 64)] for tensor in tensors]
+        self._seen = self._read()
+
+    def changed(self) -> bool:
+        now = self._read()
+        different = any(not torch.equal(one, other) for one, other in zip(now, self._seen, strict=True))
+        self._seen = now
+        return different
+
+    def _read(self) -> list[Tensor]:
+        by_kind: dict[Any, list[Tensor]] = {}
+        for view in self._views:
+            by_kind.setdefault((view.device, view.dtype), []).append(view)
+        with torch.no_grad():
+            return [torch.cat(views) for views in by_kind.values()]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """All memory between a tensor's first and last element, in one dimension and without a copy."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size())
+    flat = torch.as_strided(tensor.detach(), (extent,), (1,))
+    return flat.view(torch.int64) if bits is None else flat.view(bits)
+
+
+def _memory(tensor: Tensor) -> np.ndarray[Any, Any]:
+    return _flat(tensor).numpy()

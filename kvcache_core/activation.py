@@ -1,0 +1,270 @@
+"""One module whose results are kept per sample: keys, hits and misses, and whether that pays.
+
+An adapter subclasses :class:`ActivationSite` and supplies what touches tensors; nothing here knows a framework.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcache_core.entries import EntryCache, EntryLookup
+from kvcache_core.errors import InvalidType
+from kvcache_core.keys import KEY_BYTES
+from kvcache_core.tree import Tree, flatten
+
+__all__ = ["ActivationSite", "Bypassed", "Samples", "sample_keys"]
+
+
+def sample_keys(
+    prefix: bytes, split: Sequence[NDArray[Any]], shared: Sequence[NDArray[Any]], count: int
+) -> list[bytes]:
+    """A 128-bit key per sample: a digest of the sample's rows, bit by bit, and of everything all samples share.
+
+    Args:
+        prefix: namespace, salt, and the inputs' structure and flags.
+        split: arrays [B, ...] of which sample b has row b.
+        shared: arrays that every sample sees whole.
+        count: B.
+    """
+    common = blake2b(digest_size=KEY_BYTES)
+    _update(common, prefix)
+    for kind, arrays in ((b"S", split), (b"W", shared)):
+        for array in arrays:
+            shape = array.shape[1:] if kind == b"S" else array.shape
+            _update(common, kind + f"{array.dtype.str}{shape}".encode())
+            if kind == b"W":
+                common.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+    rows = [_rows(array, count) for array in split]
+    keys = []
+    for sample in range(count):
+        digest = common.copy()
+        for array in rows:
+            digest.update(array[sample])
+        keys.append(digest.digest())
+    return keys
+
+
+def _update(digest: Any, field: bytes) -> None:
+    digest.update(struct.pack("<Q", len(field)) + field)
+
+
+def _rows(array: NDArray[Any], count: int) -> NDArray[np.uint8]:
+    """The array's bytes, [B, bytes of a row]."""
+    array = np.ascontiguousarray(array)
+    size = array.nbytes // count
+    return array.reshape(count, array.size // count).view(np.uint8).reshape(count, size)
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """A call's inputs, split along the batch.
+
+    Attributes:
+        count: B.
+        tree: the structure of ``(args, kwargs)``.
+        leaves: its tensors.
+        is_split: per tensor, whether sample b has row b of it; the others are seen whole by every sample.
+        keys: one per sample.
+    """
+
+    count: int
+    tree: Tree
+    leaves: list[Any]
+    is_split: list[bool]
+    keys: list[bytes]
+
+    def subset(self, take: Callable[[Any, Sequence[int]], Any], rows: Sequence[int]) -> list[Any]:
+        """The tensors of some of the samples."""
+        return [take(leaf, rows) if split else leaf for leaf, split in zip(self.leaves, self.is_split, strict=True)]
+
+
+class Bypassed(Exception):
+    """A call must be computed as outside.
+
+    Attributes:
+        reason: why.
+        output: the call's result where it is known already, else None.
+        expected: nothing that the caller needs to be told.
+    """
+
+    def __init__(self, reason: str, output: Any = None, *, expected: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.output = output
+        self.expected = expected
+
+
+class ActivationSite(ABC):
+    """One attached module.
+
+    Args:
+        entries: where results are kept.
+        module: the module.
+        shared: names of keyword arguments whose tensors belong to all samples though their first dimension
+            happens to be the batch's.
+        side_effects: the module does more than compute its output: it is called each time.
+    """
+
+    def __init__(self, entries: EntryCache, module: Any, *, shared: Sequence[str], side_effects: bool) -> None:
+        self.entries = entries
+        self.module = module
+        self.shared = frozenset(shared)
+        self.side_effects = side_effects
+        self.options = (self.shared, side_effects)
+        self.seconds_saved: float = 0.0
+        self.seconds_spent: float = 0.0
+        self._row_seconds = 0.0
+        self._refusals: dict[bytes, str] = {}
+        self._proven: set[bytes] = set()
+
+    # ---- what an adapter supplies --------------------------------------------------------------
+
+    @abstractmethod
+    def is_tensor(self, value: Any) -> bool:
+        """Whether a leaf is a tensor of the framework."""
+
+    @abstractmethod
+    def array(self, tensor: Any) -> NDArray[Any]:
+        """A tensor's bits as numpy, in any dtype of the same width; raises InvalidType where there is none."""
+
+    @abstractmethod
+    def take(self, tensor: Any, rows: Sequence[int]) -> Any:
+        """Rows of a tensor."""
+
+    @abstractmethod
+    def copies(self, tensor: Any) -> list[tuple[Any, int]]:
+        """Each row as a tensor of its own that nobody else can change, and its bytes."""
+
+    @abstractmethod
+    def stack(self, rows: Sequence[Any]) -> Any:
+        """Rows as one new tensor."""
+
+    def entered(self) -> None:  # noqa: B027 -- an adapter need not care
+        """A ``with cache:`` begins, or the cache was invalidated: the next call looks closely at the weights."""
+
+    @abstractmethod
+    def mode(self) -> bytes:
+        """Bytes that stand for how the module computes now: training or not, precision."""
+
+    @abstractmethod
+    def namespace(self) -> bytes:
+        """Bytes that stand for the weights and the module."""
+
+    @abstractmethod
+    def compute(self, original: Callable[..., Any], args: Any, kwargs: Any, leaves: Sequence[Any]) -> tuple[Any, str]:
+        """Run the module on inputs whose tensors are ``leaves``.
+
+        Returns:
+            Its output, and why it must not be kept, or "".
+        """
+
+    # ---- a call --------------------------------------------------------------------------------
+
+    def serve(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """``module(*args, **kwargs)``; samples that are there are not computed.
+
+        Raises:
+            Bypassed: the call must be computed as outside; nothing was kept.
+        """
+        start = time.perf_counter()
+        mode = self.mode()
+        samples = self._samples(args, kwargs, mode)
+        lookup = self.entries.look_up(samples.keys)
+        if not lookup.compute:
+            result = self._assemble(lookup, ())
+            self._account(lookup, time.perf_counter() - start)
+            return result
+        # Until one whole batch was seen to be computed cleanly, nothing is left out of it.
+        whole = mode not in self._proven or len(lookup.compute) == samples.count
+        rows = range(samples.count) if whole else lookup.compute
+        leaves = samples.leaves if whole else samples.subset(self.take, lookup.compute)
+        args, kwargs = samples.tree.rebuild(leaves)
+        before = time.perf_counter()
+        output, problem = self.compute(original, args, kwargs, leaves)
+        after = time.perf_counter()
+        payloads = problem or self._split_output(output, len(rows))
+        if isinstance(payloads, str):
+            self._refusals[mode] = payloads
+            raise Bypassed(payloads, output if whole else None)
+        self._proven.add(mode)
+        if whole:
+            payloads = [payloads[sample] for sample in lookup.compute]
+        self.entries.keep(lookup, [payload[:2] for payload in payloads], [size for _, _, size in payloads])
+        result = output if whole else self._assemble(lookup, payloads)
+        self._row_seconds = _smooth(self._row_seconds, (after - before) / len(rows))
+        self._account(lookup, before - start + time.perf_counter() - after)
+        return result
+
+    def _samples(self, args: Any, kwargs: Any, mode: bytes) -> Samples:
+        """The inputs, split; raises Bypassed where they cannot be."""
+        if self.side_effects:
+            raise Bypassed("the module was attached with side_effects=True", expected=True)
+        if mode in self._refusals:
+            raise Bypassed(self._refusals[mode])
+        try:
+            leaves, tree = flatten((args, kwargs), self.is_tensor)
+            arrays = [self.array(leaf) for leaf in leaves]
+            is_split, count = self._which_split(args, kwargs, arrays)
+        except InvalidType as error:
+            raise Bypassed(f"an input cannot be hashed: {error}") from error
+        if not count:
+            raise Bypassed("the input has no samples: no tensor with a first dimension of at least 1", expected=True)
+        split = [array for array, mine in zip(arrays, is_split, strict=True) if mine]
+        whole = [array for array, mine in zip(arrays, is_split, strict=True) if not mine]
+        dtypes = ",".join(str(leaf.dtype) for leaf in leaves).encode()
+        fields = (self.namespace(), mode, bytes(is_split), dtypes, tree.encode())
+        prefix = b"".join(struct.pack("<Q", len(field)) + field for field in fields)
+        return Samples(count, tree, leaves, is_split, sample_keys(prefix, split, whole, count))
+
+    def _which_split(self, args: Any, kwargs: Any, arrays: Sequence[NDArray[Any]]) -> tuple[list[bool], int]:
+        """Per tensor, whether its rows are the samples'; and how many samples there are."""
+        declared = [False] * len(flatten(args, self.is_tensor)[0])
+        for name, value in kwargs.items():
+            declared += [name in self.shared] * len(flatten(value, self.is_tensor)[0])
+        pairs = list(zip(arrays, declared, strict=True))
+        count = next((array.shape[0] for array, shared in pairs if array.ndim and not shared), 0)
+        return [array.ndim > 0 and array.shape[0] == count and not shared for array, shared in pairs], count
+
+    def _split_output(self, output: Any, count: int) -> list[tuple[Tree, list[Any], int]] | str:
+        """(structure, rows, bytes) per computed sample, or why there is no such thing."""
+        try:
+            leaves, tree = flatten(output, self.is_tensor)
+        except InvalidType as error:
+            return f"the output cannot be kept per sample: {error}"
+        shapes = [tuple(leaf.shape) for leaf in leaves]
+        if not shapes or any(not shape or shape[0] != count for shape in shapes):
+            return f"the output has no row per sample: for {count} samples its shapes are {shapes}"
+        columns = [self.copies(leaf) for leaf in leaves]
+        return [(tree, [row for row, _ in rows], sum(size for _, size in rows)) for rows in zip(*columns, strict=True)]
+
+    def _assemble(self, lookup: EntryLookup, computed: Sequence[Any]) -> Any:
+        """The whole result from what was found and what was computed, in the samples' order."""
+        payloads = [
+            computed[lookup.sources[sample]] if sample in lookup.sources else found
+            for sample, found in enumerate(lookup.found)
+        ]
+        tree: Tree = payloads[0][0]
+        rows = list(zip(*(payload[1] for payload in payloads), strict=True))
+        if any(payload[0] is not tree and payload[0] != tree for payload in payloads) or any(
+            row.shape != column[0].shape for column in rows for row in column
+        ):
+            raise Bypassed("the output's structure or shape depends on the other samples of its batch")
+        return tree.rebuild([self.stack(column) for column in rows])
+
+    def _account(self, lookup: EntryLookup, spent: float) -> None:
+        """Seconds the cache cost, and an estimate of what the hits would have: the recent cost of a row."""
+        self.seconds_spent += spent
+        self.seconds_saved += lookup.hits * self._row_seconds
+
+
+def _smooth(before: float, now: float) -> float:
+    return now if not before else 0.9 * before + 0.1 * now

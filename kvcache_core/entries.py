@@ -1,0 +1,202 @@
+"""The activation cache's bookkeeping: which block holds which entry.
+
+An entry is what one module computed for one sample. The pool, its states and its LRU rule are those of the blocks
+of tokens (:class:`kvcache_core.pool.BlockPool`): an entry is one block. What it holds is opaque here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvcache_core.admission import Admission, AllAdmitted
+from kvcache_core.errors import InvalidInput
+from kvcache_core.pool import BlockPool, check_size
+from kvcache_core.types import NULL_BLOCK
+
+__all__ = ["EntryCache", "EntryLookup"]
+
+_FIRST_CAPACITY = 256
+"""Blocks of a pool that is limited by bytes, before it has grown."""
+
+
+@dataclass(frozen=True, slots=True)
+class EntryLookup:
+    """What is there for the B samples of a call.
+
+    Attributes:
+        keys: B keys.
+        found: B payloads; None where there is none.
+        compute: the samples to compute: the first of each key that was not found.
+        sources: {sample: index into ``compute``} for every sample that was not found.
+    """
+
+    keys: Sequence[bytes]
+    found: list[Any]
+    compute: list[int]
+    sources: dict[int, int]
+
+    @property
+    def hits(self) -> int:
+        """Samples that need no computing: found, or equal to another one of the call."""
+        return len(self.keys) - len(self.compute)
+
+
+class EntryCache:
+    """Entries under one limit, least recently used evicted first. Thread-safe.
+
+    Invariants (:meth:`check_valid` asserts them):
+        - what :class:`BlockPool` promises; no block is live between two calls.
+        - keys and cached blocks are in one-to-one relation, and only they have a payload.
+        - ``bytes`` is the sum of the entries' sizes, and at most ``memory``.
+
+    Args:
+        size: capacity in entries; or
+        memory: capacity in bytes.
+        admit: which computed entries are kept.
+
+    Example:
+        >>> entries = EntryCache(size=2)
+        >>> lookup = entries.look_up([b"a", b"b", b"a"])
+        >>> lookup.compute, lookup.sources
+        ([0, 1], {0: 0, 1: 1, 2: 0})
+        >>> entries.keep(lookup, ["A", "B"], [1, 1])
+        >>> entries.look_up([b"b"]).found
+        ['B']
+    """
+
+    def __init__(self, size: int | None = None, *, memory: int | None = None, admit: Admission | None = None) -> None:
+        if (size is None) == (memory is None):
+            raise InvalidInput(f"give size (entries) or memory (bytes), got {size!r} and {memory!r}")
+        self.memory = memory
+        self.admit = admit or AllAdmitted()
+        self.bytes = 0
+        self.hit_entries = self.miss_entries = self.evicted_entries = self.refused_entries = 0
+        self._pool = BlockPool(_FIRST_CAPACITY if size is None else size)
+        self._blocks: dict[bytes, int] = {}
+        self._contents: dict[int, tuple[bytes, Any, int]] = {}
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._blocks
+
+    @property
+    def size(self) -> int | None:
+        """Capacity in entries; None if bytes are the limit."""
+        return self._pool.num_blocks if self.memory is None else None
+
+    def look_up(self, keys: Sequence[bytes]) -> EntryLookup:
+        """Find the entries of a call's samples; what is found becomes the most recently used."""
+        found: list[Any] = []
+        blocks: dict[int, None] = {}  # in order, each once
+        compute: list[int] = []
+        sources: dict[int, int] = {}
+        first: dict[bytes, int] = {}
+        with self._lock:
+            for sample, key in enumerate(keys):
+                block = self._blocks.get(key)
+                if block is not None:
+                    blocks[block] = None
+                    found.append(self._contents[block][1])
+                    continue
+                found.append(None)
+                if key not in first:
+                    first[key] = len(compute)
+                    compute.append(sample)
+                sources[sample] = first[key]
+            # Held and let go: that is how a use enters the LRU order.
+            self._pool.retain(list(blocks))
+            self._pool.release(list(blocks))
+            self.hit_entries += len(keys) - len(compute)
+            self.miss_entries += len(compute)
+        return EntryLookup(keys, found, compute, sources)
+
+    def keep(self, lookup: EntryLookup, payloads: Sequence[Any], sizes: Sequence[int]) -> None:
+        """Store what was computed, as far as the admission rule and the room allow.
+
+        Args:
+            lookup: what :meth:`look_up` gave.
+            payloads: one per sample in ``lookup.compute``; never changed from now on.
+            sizes: their bytes.
+        """
+        with self._lock:
+            for sample, payload, size in zip(lookup.compute, payloads, sizes, strict=True):
+                key = lookup.keys[sample]
+                if key in self._blocks:
+                    continue  # another thread was faster
+                if not self.admit.admit(key) or not self._make_room(size):
+                    self.refused_entries += 1
+                    continue
+                (block,), evicted = self._pool.take(1)
+                self._forget(evicted)
+                self._blocks[key] = block
+                self._contents[block] = (key, payload, size)
+                self.bytes += size
+                self._pool.mark_findable(block)
+                self._pool.release([block])
+
+    def resize(self, size: int | None = None, *, memory: int | None = None) -> None:
+        """Change the limit, also its kind; shrinking evicts.
+
+        Raises:
+            InvalidInput: no positive amount, or both or none given.
+        """
+        if (size is None) == (memory is None):
+            raise InvalidInput(f"give size (entries) or memory (bytes), got {size!r} and {memory!r}")
+        with self._lock:
+            if size is not None:
+                check_size(size)
+                self.memory = None
+                self._resize_pool(size)
+            else:
+                self.memory = memory
+                self._make_room(0)
+
+    def clear(self) -> None:
+        """Drop every entry."""
+        with self._lock:
+            self._forget(self._pool.drop_cached(), count=False)
+
+    def check_valid(self) -> None:
+        """Assert every invariant of the class docstring; expensive, for tests."""
+        with self._lock:
+            self._pool.check_valid()
+            assert not self._pool.num_live
+            assert len(self._blocks) == len(self._contents) == self._pool.num_cached
+            for key, block in self._blocks.items():
+                assert self._contents[block][0] == key and self._pool.is_findable(block)
+            assert self.bytes == sum(size for _, _, size in self._contents.values())
+            assert self.memory is None or self.bytes <= self.memory
+
+    def _make_room(self, size: int) -> bool:
+        """Evict until ``size`` more bytes fit the memory, if they ever can; True if they do."""
+        if self.memory is None:
+            return True
+        if size > self.memory:
+            return False
+        while self.bytes + size > self.memory:
+            self._forget(self._pool.evict(1))
+        if not self._pool.num_free:
+            self._resize_pool(2 * self._pool.num_blocks)
+        return True
+
+    def _resize_pool(self, size: int) -> None:
+        result = self._pool.resize(size)
+        self._forget(result.evicted)
+        moved = {new: self._contents.pop(old) for old, new in result.moves.items()}
+        for block, content in moved.items():
+            self._contents[block] = content
+            self._blocks[content[0]] = block
+
+    def _forget(self, blocks: Sequence[int], *, count: bool = True) -> None:
+        for block in blocks:
+            if block != NULL_BLOCK:
+                key, _, size = self._contents.pop(block)
+                del self._blocks[key]
+                self.bytes -= size
+                self.evicted_entries += count
