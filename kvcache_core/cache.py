@@ -191,6 +191,10 @@ class BlockCache:
                 group.pool.retain(table)
             seq.nodes, seq.tables, seq.dropped = match.nodes, match.tables, match.dropped
             seq.length = seq.num_cached = match.num_tokens
+            writer = self._index.writer(seq.tip)
+            if isinstance(writer, Sequence):
+                # Its tail is shared from now on.
+                writer.room = 0
             self._index.pin(seq.tip)
             self._open[seq.id] = seq
             self._hit_tokens += match.num_tokens
@@ -292,29 +296,26 @@ class BlockCache:
             >>> seq.tokens
             [1, 2, 3, 4]
         """
-        if isinstance(seqs, Sequence):
-            with self._lock:
-                known = type(tokens) is int and 0 <= tokens <= MAX_TOKEN
-                if known and self._can_step(seqs) and self._fits(self._moves.appendable(seqs)):
-                    self._moves.append(seqs, tokens)  # type: ignore[arg-type]
-                else:
-                    self.commit(self.plan([seqs], [[tokens]]))  # type: ignore[list-item]
-            return
-        ids = token_array(tokens, "append")  # type: ignore[arg-type]
         with self._lock:
-            usable = len(seqs) == len(ids) == len(set(map(id, seqs))) and all(map(self._can_step, seqs))
-            kinds = list(map(self._moves.appendable, seqs)) if usable else [0]
-            if not all(kinds) or not self._fits(sum(kinds) - len(kinds) + 1):
-                self.commit(self.plan(seqs, [[token] for token in ids]))
-                return
-            for seq, token in zip(seqs, ids, strict=True):
-                self._moves.append(seq, token)
+            if isinstance(seqs, Sequence):
+                known = type(tokens) is int and 0 <= tokens <= MAX_TOKEN
+                if seqs.room and known and self._can_step(seqs):
+                    self._moves.append_in_room(seqs, tokens)  # type: ignore[arg-type]
+                else:
+                    self._append((seqs,), [tokens])  # type: ignore[list-item]
+            else:
+                self._append(seqs, tokens)  # type: ignore[arg-type]
 
-    def _fits(self, kind: int) -> bool:
-        """Whether every pool has ``kind - 1`` blocks to take; 0 never fits."""
-        if kind < 2:
-            return kind == 1
-        return all(group.pool.num_available >= kind - 1 for group in self.groups)
+    def _append(self, seqs: _Sequence[Sequence], tokens: _Sequence[int]) -> None:
+        ids = token_array(tokens, "append")
+        usable = len(seqs) == len(ids) == len(set(map(id, seqs))) and all(map(self._can_step, seqs))
+        kinds = list(map(self._moves.appendable, seqs)) if usable else [0]
+        blocks = sum(kinds) - len(kinds)
+        if not all(kinds) or (blocks and any(group.pool.num_available < blocks for group in self.groups)):
+            self.commit(self.plan(seqs, [[token] for token in ids]))
+            return
+        for seq, token in zip(seqs, ids, strict=True):
+            self._moves.append(seq, token)
 
     def fork(self, seq: Sequence) -> Sequence:
         """A second sequence with the same past. No block is copied until one of the two writes into it."""
@@ -327,6 +328,7 @@ class BlockCache:
             child.extra_keys, child.max_length = seq.extra_keys, seq.max_length
             child.salt, child.prompt = seq.salt, seq.prompt
             child.cut_tail = seq.cut_tail
+            seq.room = 0
             child.nodes = list(seq.nodes)
             child.dropped = list(seq.dropped)
             child.tables = [table[: len(seq.nodes)] for table in seq.tables]
@@ -362,6 +364,7 @@ class BlockCache:
             seq.length = length
             seq.num_cached = min(seq.num_cached, length)
             seq.cut_tail = True
+            seq.room = 0
             self._index.pin(seq.tip)
             self._index.unpin(old_tip)
 
@@ -380,6 +383,7 @@ class BlockCache:
             self._index.unpin(tip)
             self._index.unpin(seq.root)
             seq.closed = True
+            seq.room = 0
             del self._open[seq.id]
 
     def resize(self, num_blocks: int) -> list[PoolResize]:
@@ -462,6 +466,9 @@ class BlockCache:
             for seq in self._open.values():
                 tips.update((seq.root, seq.tip))
                 assert len(seq.nodes) == -(-seq.length // self.block_size)
+                if seq.room:
+                    assert self._index.writer(seq.tip) is seq and self._moves.tails.is_private(seq)
+                    assert seq.room + seq.length % self.block_size == self.block_size - 1
                 assert seq.length == 0 or self._index.fill(seq.nodes[-1]) >= (seq.length - 1) % self.block_size + 1
             self._index.check_valid(tips)
             for number, group in enumerate(self.groups):

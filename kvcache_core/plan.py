@@ -32,6 +32,7 @@ class Reservation:
             changes one puts a new list into the sequence), so a plan's arrays may be made at any later time.
         table_lengths: how long the tables were before the step; None for a row that stays in its last block.
         copied: per group, the shared block that a copy replaced in the table.
+        room: the sequence's room before the step, if the step fits in it.
     """
 
     seq: Sequence
@@ -40,6 +41,7 @@ class Reservation:
     tables: tuple[list[int], ...]
     table_lengths: list[int] | None
     copied: list[int] | None
+    room: int = 0
 
 
 class StepPlan:

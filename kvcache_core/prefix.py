@@ -47,7 +47,8 @@ class PrefixIndex(NodeTable):
         self._root_of: dict[int, tuple[bytes, bytes]] = {}
         self._children: dict[int, list[int]] = {}
         self._open_tails: dict[int, list[int]] = {}
-        self._open: set[int] = set()
+        self._open: dict[int, object] = {}
+        """Open tails, each with who may write it without looking (see :meth:`claim`), or None."""
         self._in_step: set[int] = set()
         self._extras: dict[int, Extras] = {}
         self._known_keys: dict[int, bytes] = {}
@@ -207,7 +208,7 @@ class PrefixIndex(NodeTable):
             self._open_tails[parent] = [node]
         else:
             tails.append(node)
-        self._open.add(node)
+        self._open[node] = None
         self.set_extras(node, extras)
         return NodeId(node)
 
@@ -240,6 +241,14 @@ class PrefixIndex(NodeTable):
         """Give a new node its extra keys."""
         if extras:
             self._extras[node] = extras
+
+    def claim(self, node: int, writer: object) -> None:
+        """Remember who writes the open tail alone; it has to be told when somebody else takes the tail."""
+        self._open[node] = writer
+
+    def writer(self, node: int) -> object:
+        """Who claimed the open tail last; None for nobody, and for a node that is no open tail."""
+        return self._open.get(node)
 
     def begin_step(self, node: int) -> None:
         """A step writes into this open tail: it is not matched until the step ends, for its block may change hands."""
@@ -320,7 +329,7 @@ class PrefixIndex(NodeTable):
             attached = {int(block): node for node, block in enumerate(blocks) if block}
             assert attached == {block: int(node) for block, node in enumerate(nodes) if node}
             assert set(attached.values()) <= alive
-        assert self._open == {node for tails in self._open_tails.values() for node in tails} <= alive
+        assert set(self._open) == {node for tails in self._open_tails.values() for node in tails} <= alive
         children = dict(self._children)
         for node in alive:
             assert (self._only_child[node] == _MANY) == (node in self._children)
@@ -375,7 +384,7 @@ class PrefixIndex(NodeTable):
             del self._open_tails[parent]
         else:
             tails.remove(node)
-        self._open.discard(node)
+        del self._open[node]
 
     def _unuse(self, node: int) -> None:
         self._uses[node] -= 1

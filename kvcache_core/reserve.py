@@ -48,6 +48,7 @@ class Room:
         """Give back what :meth:`reserve` took; nothing of the step can be found."""
         seq = row.seq
         seq.in_step = False
+        seq.room = row.room
         self.index.end_step(seq.tip)
         if row.table_lengths is None:
             return
@@ -98,12 +99,15 @@ class Room:
 
     def _stays(self, seq: Sequence, count: int) -> bool:
         """Whether ``count`` more tokens go into the last block, without a copy."""
-        return seq.length % self.block_size + count <= self.block_size and self.tails.is_private(seq)
+        return seq.room >= count or (
+            seq.length % self.block_size + count <= self.block_size and self.tails.is_private(seq)
+        )
 
     def _stay(self, seq: Sequence, tokens: array[int]) -> Reservation:
         self.index.begin_step(seq.nodes[-1])
+        room, seq.room = seq.room, 0
         seq.in_step = True
-        return Reservation(seq, tokens, seq.length, tuple(seq.tables), None, None)
+        return Reservation(seq, tokens, seq.length, tuple(seq.tables), None, None, room)
 
     def _reserve_row(self, seq: Sequence, tokens: array[int], ahead: int, evicted: list[Evicted]) -> Reservation:
         at, offset = divmod(seq.length, self.block_size)
@@ -123,6 +127,7 @@ class Room:
                 seq.tables[number] = [*table[:at], taken.pop(0), *table[at + 1 :]]
             seq.tables[number].extend(taken)
         seq.in_step = True
+        seq.room = 0
         return Reservation(seq, tokens, seq.length, tuple(seq.tables), lengths, copied)
 
     def _can_take_over(self, seq: Sequence) -> bool:

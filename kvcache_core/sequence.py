@@ -40,6 +40,7 @@ class Sequence:
         "nodes",
         "num_cached",
         "prompt",
+        "room",
         "root",
         "salt",
         "tables",
@@ -58,6 +59,8 @@ class Sequence:
         """Whether the sequence itself truncated its last block, and so may overwrite what follows in it."""
         self.max_length = 0
         """Blocks are reserved up to this length when there is room."""
+        self.room = 0
+        """Tokens that may be appended without any check: the tail is this sequence's alone, and stays unfinished."""
         self.nodes: list[int] = []
         """Nodes of the prefix index, one per block that holds tokens."""
         self.tables: list[list[int]] = [[] for _ in range(num_groups)]

@@ -32,6 +32,12 @@ class Transactions:
         seq, tokens, size = row.seq, row.tokens, self.block_size
         old_tip = seq.tip
         self.index.end_step(old_tip)
+        if row.room > len(tokens):
+            self.index.append(old_tip, tokens)
+            seq.length += len(tokens)
+            seq.room = row.room - len(tokens)
+            seq.in_step = False
+            return
         if row.copied is not None:
             self.tails.replace(seq, row.copied)
         count, done = len(tokens), 0
@@ -52,8 +58,16 @@ class Transactions:
             seq.length += count - done
         seq.in_step = seq.cut_tail = False
         self.move_tip(old_tip, seq.tip)
+        self._make_room(seq)
+
+    def _make_room(self, seq: Sequence) -> None:
+        """See how many tokens can follow without a look, and drop what windows have passed."""
+        seq.room = 0
         if self._has_windows:
             self.drop_behind_window(seq)
+        elif self.tails.is_private(seq):
+            self.index.claim(seq.nodes[-1], seq)
+            seq.room = self.block_size - 1 - seq.length % self.block_size
 
     def _commit_blocks(self, seq: Sequence, tokens: TokenArray) -> None:
         """Append full blocks [blocks, block_size] to a sequence that ends at a block's end, and publish them."""
@@ -83,6 +97,12 @@ class Transactions:
 
     # ---- one token -----------------------------------------------------------------------------
 
+    def append_in_room(self, seq: Sequence, token: int) -> None:
+        """Add a token to a sequence that has room."""
+        self.index.append_one(seq.nodes[-1], token)
+        seq.length += 1
+        seq.room -= 1
+
     def appendable(self, seq: Sequence) -> int:
         """Whether :meth:`append` can add a token: 0 no, a step is needed; 1 yes; 2 yes, if each pool has a block."""
         if seq.length % self.block_size:
@@ -108,8 +128,7 @@ class Transactions:
             self.tails.publish(seq, at)
         if nodes[at] != old_tip:
             self.move_tip(old_tip, nodes[at])
-        if self._has_windows:
-            self.drop_behind_window(seq)
+        self._make_room(seq)
 
     def _extend(self, seq: Sequence, at: int) -> None:
         for number, table in enumerate(seq.tables):
