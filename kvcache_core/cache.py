@@ -21,7 +21,7 @@ from kvcache_core.reserve import Room
 from kvcache_core.sequence import Sequence
 from kvcache_core.stats import CacheStats
 from kvcache_core.tails import Tails
-from kvcache_core.transaction import Transactions
+from kvcache_core.transaction import NEEDS_BLOCK, Transactions
 from kvcache_core.types import BlockId, Evicted, SeqId, TokenIds
 
 __all__ = ["BlockCache", "token_array"]
@@ -297,25 +297,33 @@ class BlockCache:
             [1, 2, 3, 4]
         """
         with self._lock:
-            if isinstance(seqs, Sequence):
-                known = type(tokens) is int and 0 <= tokens <= MAX_TOKEN
-                if seqs.room and known and self._can_step(seqs):
-                    self._moves.append_in_room(seqs, tokens)  # type: ignore[arg-type]
-                else:
-                    self._append((seqs,), [tokens])  # type: ignore[list-item]
+            if not isinstance(seqs, Sequence):
+                self._append_all(seqs, tokens)  # type: ignore[arg-type]
+            elif not (type(tokens) is int and 0 <= tokens <= MAX_TOKEN and self._can_step(seqs)):
+                self.commit(self.plan([seqs], [[tokens]]))  # type: ignore[list-item]
+            elif seqs.room:
+                self._moves.append_in_room(seqs, tokens)
+            elif self._fits([self._moves.appendable(seqs)]):
+                self._moves.append(seqs, tokens)
             else:
-                self._append(seqs, tokens)  # type: ignore[arg-type]
+                self.commit(self.plan([seqs], [[tokens]]))
 
-    def _append(self, seqs: _Sequence[Sequence], tokens: _Sequence[int]) -> None:
+    def _append_all(self, seqs: _Sequence[Sequence], tokens: _Sequence[int]) -> None:
         ids = token_array(tokens, "append")
         usable = len(seqs) == len(ids) == len(set(map(id, seqs))) and all(map(self._can_step, seqs))
-        kinds = list(map(self._moves.appendable, seqs)) if usable else [0]
-        blocks = sum(kinds) - len(kinds)
-        if not all(kinds) or (blocks and any(group.pool.num_available < blocks for group in self.groups)):
+        if not usable or not self._fits([seq.room or self._moves.appendable(seq) for seq in seqs]):
             self.commit(self.plan(seqs, [[token] for token in ids]))
             return
         for seq, token in zip(seqs, ids, strict=True):
-            self._moves.append(seq, token)
+            if seq.room:
+                self._moves.append_in_room(seq, token)
+            else:
+                self._moves.append(seq, token)
+
+    def _fits(self, kinds: list[int]) -> bool:
+        """Whether a token can be appended to rows of these kinds (:meth:`Transactions.appendable`) at once."""
+        blocks = kinds.count(NEEDS_BLOCK)
+        return all(kinds) and (not blocks or all(group.pool.num_available >= blocks for group in self.groups))
 
     def fork(self, seq: Sequence) -> Sequence:
         """A second sequence with the same past. No block is copied until one of the two writes into it."""

@@ -11,7 +11,10 @@ from kvcache_core.sequence import Sequence
 from kvcache_core.tails import Tails
 from kvcache_core.types import Evicted, TokenArray
 
-__all__ = ["Transactions"]
+__all__ = ["NEEDS_BLOCK", "Transactions"]
+
+NEEDS_BLOCK = -1
+"""What :meth:`Transactions.appendable` says of a row at a block's end."""
 
 
 class Transactions:
@@ -104,13 +107,13 @@ class Transactions:
         seq.room -= 1
 
     def appendable(self, seq: Sequence) -> int:
-        """Whether :meth:`append` can add a token: 0 no, a step is needed; 1 yes; 2 yes, if each pool has a block."""
+        """Whether :meth:`append` can add a token: 0 no, it takes a step; NEEDS_BLOCK if there is one; 1 yes."""
         if seq.length % self.block_size:
             return int(self.tails.is_private(seq))
         at = len(seq.nodes)
         if all(len(table) > at for table in seq.tables):
             return 1
-        return 0 if seq.max_length > seq.length else 2
+        return 0 if seq.max_length > seq.length else NEEDS_BLOCK
 
     def append(self, seq: Sequence, token: int) -> None:
         """Add a token; the caller has asked :meth:`appendable`."""
