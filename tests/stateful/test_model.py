@@ -481,10 +481,15 @@ def _run(name: str, examples: int, steps: int) -> None:
     options, interesting = VARIANTS[name]
     met: Counter[str] = Counter()
     machine = type("Machine", (CacheMachine,), {**options, "met": met})
-    run_state_machine_as_test(
-        machine, settings=settings(max_examples=examples, stateful_step_count=steps, deadline=None)
-    )
-    missing = [what for what in interesting if not met[what]]
+    missing = list(interesting)
+    for _ in range(4):
+        # Draws differ: a run may miss something that the next one meets.
+        run_state_machine_as_test(
+            machine, settings=settings(max_examples=examples, stateful_step_count=steps, deadline=None)
+        )
+        missing = [what for what in interesting if not met[what]]
+        if not missing:
+            break
     assert not missing, f"never met: {missing}; met {dict(met)}"
 
 
