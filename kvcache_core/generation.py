@@ -21,9 +21,6 @@ __all__ = ["generate_tokens", "stream_tokens"]
 _STEPS_AT_ONCE = 32
 """Greedy tokens that the decoder is asked for at once."""
 
-_STEPS_TO_NEXT_DRAFT = 4
-"""The same while rows look for something to draft."""
-
 
 @dataclass(slots=True)
 class _Row:
@@ -167,7 +164,7 @@ class _Batch:
                 self._verify(drafts)
                 return
             if any(drafter.hopeful for drafter in drafters):
-                steps = min(steps, _STEPS_TO_NEXT_DRAFT)
+                steps = 1  # a draft may be found behind the next token
         seqs, pending = [row.seq for row in rows], [row.pending for row in rows]
         if self._greedy:
             count = min(steps, *(row.left for row in rows))

@@ -10,7 +10,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "docs" / "performance.json"
 PAGE = ROOT / "docs" / "performance.md"
-ORDER = ("torch_decode", "torch_prefix", "keras_decode", "keras_lengths", "keras_hub_attached", "core_workload")
+ORDER = (
+    "torch_decode",
+    "torch_prefix",
+    "torch_batch",
+    "torch_requests",
+    "torch_beam",
+    "torch_score",
+    "keras_decode",
+    "keras_lengths",
+    "keras_hub_attached",
+    "core_workload",
+)
 
 HEAD = """# Performance
 

@@ -1,0 +1,142 @@
+"""PyTorch: a batch of prompts behind one prefix, cold and warm, against what transformers offers."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from measure import Row, Table, alternate, seconds
+from smol import checkpoint, prompt
+from torch_decode import transformers_model
+from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM
+
+import llama_torch
+from kvcache_torch import KVCache, generate
+
+SHARED, OWN, PROMPTS, NEW = 1024, 64, 8, 16
+NO_REUSE, BY_HAND, CONTINUOUS = "transformers generate", "DynamicCache, prefix by hand", "transformers generate_batch"
+
+
+class Work:
+    """The prompts, and everybody's way to continue them. Keeps what each has answered."""
+
+    def __init__(self) -> None:
+        self.shared = prompt(SHARED, seed=1)
+        self.own = [prompt(OWN, seed=2 + number) for number in range(PROMPTS)]
+        self.prompts = [self.shared + own for own in self.own]
+        self.model = llama_torch.from_checkpoint(checkpoint())
+        self.cache = KVCache(size=SHARED // 16 + PROMPTS * (OWN + NEW) // 16 + 64)
+        self.cache.attach(self.model, outputs="last")
+        self.theirs = transformers_model()
+        self.theirs.generation_config.eos_token_id = None
+        self.answers: dict[str, list[list[int]]] = {}
+
+    def ours(self) -> float:
+        """With whatever the cache holds."""
+
+        def answer() -> None:
+            self.answers["ours"] = generate(self.model, self.prompts, max_new_tokens=NEW, cache=self.cache)
+
+        return seconds(answer)
+
+    def cold(self) -> float:
+        """With an empty cache."""
+        self.cache.clear()
+        return self.ours()
+
+    def warm(self) -> float:
+        """With the prompts cached; what was generated is as new as the first time."""
+        self.cache.clear()
+        self.cache.warm(self.prompts)
+        return self.ours()
+
+    @torch.inference_mode()
+    def no_reuse(self) -> float:
+        """All prompts in one padded batch, as `generate` takes them."""
+        ids = torch.tensor(self.prompts)
+
+        def answer() -> None:
+            found = self.theirs.generate(ids, attention_mask=torch.ones_like(ids), **greedy(self.theirs))
+            self.answers[NO_REUSE] = found[:, ids.shape[1] :].tolist()
+
+        return seconds(answer)
+
+    @torch.inference_mode()
+    def by_hand(self) -> float:
+        """The prefix once, its cache repeated for every prompt, then the own tokens and greedy steps in one batch."""
+
+        def answer() -> None:
+            past = DynamicCache()
+            self.theirs(torch.tensor([self.shared]), past_key_values=past, use_cache=True, logits_to_keep=1)
+            past.batch_repeat_interleave(PROMPTS)
+            tokens, found = torch.tensor(self.own), []
+            for _ in range(NEW):
+                logits = self.theirs(tokens, past_key_values=past, use_cache=True, logits_to_keep=1).logits
+                tokens = logits[:, -1].argmax(-1, keepdim=True)
+                found.append(tokens)
+            self.answers[BY_HAND] = torch.cat(found, dim=1).tolist()
+
+        return seconds(answer)
+
+    def continuous(self) -> float:
+        """transformers' own continuous batching, which shares prefixes too."""
+        model = copy.deepcopy(self.theirs)
+        config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cache=True)
+        start = time.perf_counter()
+        found = model.generate_batch(inputs=self.prompts, generation_config=config)
+        took = time.perf_counter() - start
+        self.answers[CONTINUOUS] = [list(row.generated_tokens) for row in found.values()]
+        return took
+
+    def agreement(self, peers: list[str]) -> dict[str, float]:
+        """Share of tokens in which each peer chose what ours did: rounding can turn a near tie."""
+        ours = np.array(self.answers["ours"])
+        return {f"tokens equal to {name}": float((ours == np.array(self.answers[name])).mean()) for name in peers}
+
+
+def greedy(model: LlamaForCausalLM, new: int = NEW) -> dict[str, object]:
+    """`generate` options: greedy, all tokens wanted."""
+    return {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+
+
+def main(*, quick: bool = False) -> Table:
+    """Cold against each way, and warm."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+    work = Work()
+    title = "PyTorch, 8 prompts behind one prefix"
+    rows = [
+        row(work, "cold", work.cold, {BY_HAND: work.by_hand}, 3 if quick else 5, (BY_HAND, 0.68)),
+        row(work, "cold, against no reuse", work.cold, {NO_REUSE: work.no_reuse}, 1 if quick else 5, (NO_REUSE, 0.15)),
+        row(work, "warm, against no reuse", work.warm, {NO_REUSE: work.no_reuse}, 1 if quick else 3, (NO_REUSE, 0.06)),
+    ]
+    if not quick:
+        rows.append(row(work, "cold, one run", work.cold, {CONTINUOUS: work.continuous}, 1, (CONTINUOUS, 0.1)))
+    text = [
+        f"{PROMPTS} prompts that share {SHARED:,} tokens and have {OWN} of their own, {NEW} new tokens each, greedy. "
+        "Ours: the example model and `kvcache_torch.generate`, the prefix computed once, then all own tokens in "
+        "one step. Warm: the prompts are cached, the answers are not.",
+    ]
+    return Table("torch_batch", title, text, rows)
+
+
+def row(
+    work: Work,
+    case: str,
+    ours: Callable[[], float],
+    peers: dict[str, Callable[[], float]],
+    runs: int,
+    target: tuple[str, float],
+) -> Row:
+    """One case."""
+    # A warm-up run where runs are short; a run of half a minute needs none.
+    samples = alternate({"ours": ours, **peers}, runs, f"8 prompts, {case}", warm_up=int(BY_HAND in peers))
+    agreement = {
+        name: share for name, share in work.agreement().items() if name.removeprefix("tokens equal to ") in peers
+    }
+    return Row.of(case, "s", samples, target=target, extra=agreement)
