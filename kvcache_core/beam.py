@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from kvcache_core.cache import token_array
 from kvcache_core.decoder import Decoder
 from kvcache_core.options import GenerateOptions
-from kvcache_core.sampling import log_softmax
 
 __all__ = ["beam_search"]
 
@@ -69,8 +68,8 @@ def _run(decoder: Decoder, tokens: list[int], search: _Search, options: Generate
         decoder.step_greedy([seq], [tokens[seq.length : seq.length + chunk]])
     pending = [tokens[seq.length :]]
     for length in range(1, limit + 1):
-        logits = decoder.step([beam.seq for beam in search.beams], pending)
-        candidates = _candidates(search.beams, log_softmax(logits), 2 * options.num_beams)
+        found = decoder.step_top([beam.seq for beam in search.beams], pending, 2 * options.num_beams)
+        candidates = _candidates(search.beams, *found, 2 * options.num_beams)
         last = length == limit
         _advance(search, candidates, length, options, last)
         if last or not search.beams or _done(search, length, options):
@@ -78,14 +77,20 @@ def _run(decoder: Decoder, tokens: list[int], search: _Search, options: Generate
         pending = [[beam.new[-1]] for beam in search.beams]
 
 
-def _candidates(beams: Sequence[_Beam], scores: NDArray[np.float64], count: int) -> list[tuple[float, int, int]]:
-    """The ``count`` best continuations as (score, beam, token), best first."""
-    total = scores + np.array([[beam.score] for beam in beams])
-    flat = total.ravel()
-    count = min(count, flat.size)
-    best = np.argpartition(-flat, count - 1)[:count]
-    best = best[np.argsort(-flat[best], kind="stable")]
-    return [(float(flat[at]), int(at) // scores.shape[1], int(at) % scores.shape[1]) for at in best]
+def _candidates(
+    beams: Sequence[_Beam], scores: NDArray[np.float64], tokens: NDArray[np.int64], count: int
+) -> list[tuple[float, int, int]]:
+    """The ``count`` best continuations as (score, beam, token), best first.
+
+    Args:
+        beams: the running beams, B of them.
+        scores: [B, K] log-probabilities of each beam's best next tokens; K is at least ``count`` or all there are.
+        tokens: [B, K].
+        count: how many.
+    """
+    flat = (scores + np.array([[beam.score] for beam in beams])).ravel()
+    best = np.argsort(-flat, kind="stable")[:count]
+    return [(float(flat[at]), int(at) // scores.shape[1], int(tokens.ravel()[at])) for at in best]
 
 
 def _advance(

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kvcache_core.errors import CacheFull, UsageError
 from kvcache_core.frontend import FrontendCache
+from kvcache_core.sampling import top
 from kvcache_core.sequence import Sequence as CachedSequence
 from kvcache_core.types import TokenIds
 
@@ -57,6 +58,11 @@ class Decoder(Protocol):
 
     def step_greedy_all(self, seqs: Sequence[Any], tokens: Sequence[Sequence[int]]) -> Sequence[NDArray[np.int64]]:
         """As :meth:`step_greedy`, behind each new token: per row [T]."""
+
+    def step_top(
+        self, seqs: Sequence[Any], tokens: Sequence[Sequence[int]], count: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """As :meth:`step`, for the most likely next tokens: log-probabilities [B, count], falling, and tokens."""
 
     def step_scores(
         self, seqs: Sequence[Any], tokens: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
@@ -123,6 +129,12 @@ class CacheDecoder:
     def step_greedy_all(self, seqs: Sequence[CachedSequence], tokens: Sequence[TokenIds]) -> list[NDArray[np.int64]]:
         """The most likely token behind each new token, per row [T]."""
         return self._cache.step_greedy_all(seqs, tokens)
+
+    def step_top(
+        self, seqs: Sequence[CachedSequence], tokens: Sequence[TokenIds], count: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Log-probabilities [B, count] of the most likely next tokens, and the tokens."""
+        return self._cache.step_top(seqs, tokens, count)
 
     def step_scores(
         self, seqs: Sequence[CachedSequence], tokens: Sequence[TokenIds], targets: Sequence[Sequence[int]]
@@ -230,6 +242,12 @@ class RecomputeDecoder:
     ) -> list[NDArray[np.int64]]:
         """The most likely token behind each new token, per row [T]."""
         return [row.argmax(axis=-1) for row in self.step_all(seqs, tokens)]
+
+    def step_top(
+        self, seqs: Sequence[_PlainSequence], tokens: Sequence[Sequence[int]], count: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Log-probabilities [B, count] of the most likely next tokens, and the tokens."""
+        return top(self.step(seqs, tokens), count)
 
     def step_scores(
         self, seqs: Sequence[_PlainSequence], tokens: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]

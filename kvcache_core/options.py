@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvcache_core.errors import InvalidInput
-from kvcache_core.frontend import PREFILL_CHUNK, check_chunk
 from kvcache_core.sampling import Sampling
 from kvcache_core.speculation import Speculation
+from kvcache_core.stepping import PREFILL_CHUNK, check_chunk
 
 __all__ = ["GenerateOptions"]
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kvcache_core.errors import InvalidInput
 
-__all__ = ["Sampling", "log_softmax", "pick"]
+__all__ = ["Sampling", "log_softmax", "pick", "top"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +81,26 @@ def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
     scores -= scores.max(axis=-1, keepdims=True)
     result: NDArray[np.float64] = scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
     return result
+
+
+def top(logits: NDArray[Any], count: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The most likely tokens of each row.
+
+    Args:
+        logits: [B, V].
+        count: how many; all if there are fewer.
+
+    Returns:
+        Their log-probabilities, float64 [B, count], falling, and the tokens, int64 [B, count].
+
+    Example:
+        >>> top(np.log(np.array([[0.5, 0.2, 0.3]])), 2)[1]
+        array([[0, 2]])
+    """
+    scores = log_softmax(logits)
+    count = min(count, scores.shape[1])
+    best = np.argpartition(-scores, count - 1, axis=1)[:, :count]
+    best = np.take_along_axis(
+        best, np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1, kind="stable"), axis=1
+    )
+    return np.take_along_axis(scores, best, axis=1), best

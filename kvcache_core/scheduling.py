@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcache_core.decoder import Decoder
-from kvcache_core.frontend import check_chunk
+from kvcache_core.stepping import check_chunk
 
 __all__ = ["WEIGHTS_IN_TOKENS", "Job", "PromptQueue", "pack"]
 
@@ -85,15 +85,21 @@ class PromptQueue:
             if self._leader_is_ahead(job):
                 deferred.append(self.waiting.popleft())
                 continue
-            rows = [(seq, len(other.tokens) + other.new) for other, seq in others]
-            rows += [(other.seq, len(other.tokens) + other.new) for other in self.computing]
-            shared = max((_common(job, other) for other in (*self.computing, *_jobs(others))), default=0)
-            if rows and not self._decoder.fits(rows, (len(job.tokens), job.new, job.copies), shared):
+            if not self._fits(job, [*others, *((other, other.seq) for other in self.computing)]):
                 break
             self.waiting.popleft()
             job.seq = self._decoder.open(job.tokens, job.new)
             self.computing.append(job)
         self.waiting.extendleft(reversed(deferred))
+
+    def _fits(self, job: Job, rows: Sequence[tuple[Job, Any]]) -> bool:
+        """Whether there is room beside ``rows``; alone it always fits, or nothing is gained by waiting."""
+        if not rows:
+            return True
+        held = max(min(_common(job, other), int(seq.length)) for other, seq in rows)
+        shared = min(held, self._decoder.cached_length(job.tokens)) if held else 0
+        longest = [(seq, len(other.tokens) + other.new) for other, seq in rows]
+        return self._decoder.fits(longest, (len(job.tokens), job.new, job.copies), shared)
 
     def _leader_is_ahead(self, job: Job) -> bool:
         """Whether a prompt being computed will leave a good part of this one in the cache."""
@@ -150,11 +156,6 @@ def pack(rests: Sequence[int], chunk: int | None) -> list[tuple[int, int]]:
             break
         taken.append((at, count))
     return taken
-
-
-def _jobs(rows: Sequence[tuple[Job, Any]]) -> list[Job]:
-    """The rows' jobs, each once."""
-    return list({id(job): job for job, _ in rows}.values())
 
 
 def _common(one: Job, other: Job) -> int:

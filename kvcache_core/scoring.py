@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from kvcache_core.cache import token_array
 from kvcache_core.decoder import Decoder
 from kvcache_core.errors import InvalidInput
-from kvcache_core.frontend import PREFILL_CHUNK
 from kvcache_core.scheduling import Job, PromptQueue, pack
+from kvcache_core.stepping import PREFILL_CHUNK
 
 __all__ = ["Score", "score_pairs"]
 

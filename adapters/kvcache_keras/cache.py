@@ -22,7 +22,7 @@ from kvcache_keras.fingerprint import Fingerprint
 from kvcache_keras.graphcall import PendingCalls
 from kvcache_keras.probe import check_in_parts
 from kvcache_keras.routes import Routes
-from kvcache_keras.runner import StepRunner, build, to_numpy
+from kvcache_keras.runner import StepRunner, build, to_numpy, widened
 from kvcache_keras.step import Recorder
 from kvcache_keras.store import TensorStore, dtype_name
 from kvcache_keras.tokenmodel import model_input, run_model
@@ -198,6 +198,13 @@ class KVCache(FrontendCache):
         with not_recording():
             chosen: NDArray[Any] = self.runner.run_every(plan, "greedy").numpy()
         return chosen
+
+    def _run_top(self, plan: StepPlan, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        with not_recording():
+            logits = widened(self.runner.run(plan)[:, 0])
+            best, tokens = tf.math.top_k(logits, min(count, logits.shape[-1]))
+            scores = tf.cast(best, tf.float64) - tf.cast(tf.reduce_logsumexp(logits, -1, keepdims=True), tf.float64)
+        return scores.numpy(), tokens.numpy()
 
     def _run_scores(self, plan: StepPlan, targets: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         with not_recording():

@@ -8,12 +8,12 @@ from typing import Any
 from kvcache_core.beam import beam_search
 from kvcache_core.decoder import CacheDecoder, Decoder, RecomputeDecoder
 from kvcache_core.errors import UsageError
-from kvcache_core.frontend import PREFILL_CHUNK
 from kvcache_core.generation import generate_tokens, stream_tokens
 from kvcache_core.options import GenerateOptions
 from kvcache_core.sampling import Sampling
 from kvcache_core.scoring import Score, score_pairs
 from kvcache_core.speculation import Speculation
+from kvcache_core.stepping import PREFILL_CHUNK
 from kvcache_keras.cache import KVCache
 from kvcache_keras.context import local
 from kvcache_keras.runner import recompute_of, recompute_scores_of

@@ -27,6 +27,7 @@ __all__ = [
     "recompute_of",
     "recompute_scores_of",
     "to_numpy",
+    "widened",
 ]
 
 _Tensor = Any
@@ -123,10 +124,14 @@ class StepRunner:
         return reshape(stored, (*dimensions(slots), *output.shape[2:]))
 
 
+def widened(logits: _Tensor) -> _Tensor:
+    """Half precision as float32."""
+    return tf.cast(logits, tf.float32) if logits.dtype in (tf.bfloat16, tf.float16) else logits
+
+
 def target_scores(logits: _Tensor, targets: _Tensor) -> tuple[_Tensor, _Tensor]:
     """Log-probabilities [B, T] of targets under logits [B, T, V], float64, and the most likely tokens."""
-    if logits.dtype in (tf.bfloat16, tf.float16):
-        logits = tf.cast(logits, tf.float32)
+    logits = widened(logits)
     found = tf.gather(logits, targets, axis=2, batch_dims=2)
     scores = tf.cast(found, tf.float64) - tf.cast(tf.reduce_logsumexp(logits, axis=-1), tf.float64)
     return scores, tf.argmax(logits, axis=-1)
@@ -267,7 +272,5 @@ def recompute_scores_of(model: Any) -> RecomputeScores:
 
 def to_numpy(logits: _Tensor) -> NDArray[Any]:
     """Logits as numpy, half precision widened."""
-    if logits.dtype in (tf.bfloat16, tf.float16):
-        logits = tf.cast(logits, tf.float32)
-    result: NDArray[Any] = logits.numpy()
+    result: NDArray[Any] = widened(logits).numpy()
     return result

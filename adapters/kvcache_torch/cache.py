@@ -153,6 +153,11 @@ class KVCache(FrontendCache):
     def _run_greedy_all(self, plan: StepPlan) -> np.ndarray[Any, Any]:
         return self._all_logits(plan).argmax(dim=-1).cpu().numpy()
 
+    def _run_top(self, plan: StepPlan, count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        logits = widened(self._last_logits(plan))
+        best, tokens = logits.topk(min(count, logits.shape[-1]), dim=-1)
+        return (best.double() - logits.logsumexp(dim=-1, keepdim=True).double()).cpu().numpy(), tokens.cpu().numpy()
+
     def _run_scores(
         self, plan: StepPlan, targets: np.ndarray[Any, Any]
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -9,12 +9,12 @@ from torch import nn
 from kvcache_core.beam import beam_search
 from kvcache_core.decoder import CacheDecoder, Decoder, RecomputeDecoder
 from kvcache_core.errors import UsageError
-from kvcache_core.frontend import PREFILL_CHUNK
 from kvcache_core.generation import generate_tokens, stream_tokens
 from kvcache_core.options import GenerateOptions
 from kvcache_core.sampling import Sampling
 from kvcache_core.scoring import Score, score_pairs
 from kvcache_core.speculation import Speculation
+from kvcache_core.stepping import PREFILL_CHUNK
 from kvcache_torch.cache import KVCache
 from kvcache_torch.context import local
 from kvcache_torch.driver import device_of, plain_forward

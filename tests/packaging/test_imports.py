@@ -39,6 +39,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("tiering",),
     ("attention",),
     ("sampling",),
+    ("stepping",),
     ("frontend",),
     ("decoder",),
     ("scheduling",),
