@@ -3,6 +3,17 @@
 from kvcache_torch.attention import attention, positions, select_outputs
 from kvcache_torch.cache import KVCache
 from kvcache_torch.generate import generate, score, stream
+from kvcache_torch.linear import linear
 from kvcache_torch.store import TensorStore
 
-__all__ = ["KVCache", "TensorStore", "attention", "generate", "positions", "score", "select_outputs", "stream"]
+__all__ = [
+    "KVCache",
+    "TensorStore",
+    "attention",
+    "generate",
+    "linear",
+    "positions",
+    "score",
+    "select_outputs",
+    "stream",
+]

@@ -64,7 +64,7 @@ def attention(
     if not local.stepping:
         return plain_attention(q, k, v, window, scale, softcap)
     if torch.compiler.is_compiling():
-        return _attend(q, k, v, layer, window, scale, softcap)
+        return torch.ops.kvcache.attend(q, k, v, layer, window, scale, softcap)  # type: ignore[no-any-return]
     return local.step.attend(q, k, v, layer, window, scale, softcap)
 
 
@@ -85,7 +85,6 @@ def select_outputs(hidden: Tensor) -> Tensor:
     return hidden[rows, local.last_index].unsqueeze(1)
 
 
-@torch.library.custom_op("kvcache::attend", mutates_args=())
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -95,12 +94,20 @@ def _attend(
     scale: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """The step's attention as one opaque operation: a compiled model needs no new graph for a new step."""
     # Contiguous, because the compiler plans with the strides that the fake below announces.
     return local.step.attend(q, k, v, layer, window, scale, softcap).contiguous()
 
 
-@_attend.register_fake
+# The step's attention as one opaque operation: a compiled model needs no new graph for a new step. Defined by hand:
+# `torch.library.custom_op` would add its own bookkeeping to every layer of every step.
+_library = torch.library.Library("kvcache", "FRAGMENT")
+_library.define(
+    "attend(Tensor q, Tensor k, Tensor v, int layer, int? window, float? scale, float? softcap) -> Tensor",
+)
+_library.impl("attend", _attend, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("kvcache::attend", lib=_library)
 def _(
     q: Tensor,
     k: Tensor,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from kvcache_torch.step import Recorder, Step
+    from kvcache_torch.recorder import Recorder
+    from kvcache_torch.step import Step
 
 __all__ = ["local"]
 

@@ -15,7 +15,8 @@ from kvcache_core.errors import InvalidInput, KVCacheError
 from kvcache_core.frontend import ModelSpec
 from kvcache_torch import activation
 from kvcache_torch.context import local
-from kvcache_torch.step import Recorder, Step
+from kvcache_torch.recorder import Recorder
+from kvcache_torch.step import Step
 from kvcache_torch.store import dtype_name
 
 __all__ = ["AttachedForward", "Driver", "device_of", "driver_of", "evaluating", "logits_of", "plain_forward"]

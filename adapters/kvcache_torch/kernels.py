@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["attend_all", "attend_extents", "attend_masked", "plain_attention"]
+__all__ = ["attend_all", "attend_masked", "attend_with_lse", "merge", "plain_attention"]
+
+_QUERIES_AT_ONCE = 256
 
 
 def plain_attention(
@@ -72,27 +72,80 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     return result.reshape(*q.shape[:3], v.shape[-1])
 
 
-def attend_extents(q: Tensor, extents: Sequence[tuple[Tensor, Tensor]], scale: float | None) -> Tensor:
-    """One row's new tokens over extents that they all see whole: only scores are put together, never K or V.
+def attend_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, causal: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention and the log of its normaliser, so that parts over different tokens can be merged exactly.
 
     Args:
-        q: [Hq, T, D].
-        extents: (K [Hkv, S, D], V [Hkv, S, Dv]) views.
+        q: [B, Hq, T, D].
+        k: [B, Hkv, S, D]; strides are free.
+        v: [B, Hkv, S, Dv].
+        scale: factor on the scores; default 1 / sqrt(D).
+        causal: token t sees the first t + 1 of S = T tokens; else all see all.
+        mask: [B, 1, 1, S] of q's dtype, added to the scores; not together with ``causal``.
 
     Returns:
-        [Hq, T, Dv].
+        [B, Hq, T, Dv], and [B, Hq, T] in at least float32.
     """
-    if len(extents) == 1:
-        k, v = extents[0]
-        return attend_all(q[None], k[None], v[None], scale)[0]
-    folded = q.reshape(extents[0][0].shape[0], -1, q.shape[-1])
-    folded = folded * (q.shape[-1] ** -0.5 if scale is None else scale)
-    weights = _softmax(torch.cat([folded @ k.transpose(-1, -2) for k, _ in extents], dim=-1))
-    parts = weights.split([k.shape[1] for k, _ in extents], dim=-1)
-    total = parts[0] @ extents[0][1]
-    for part, (_, v) in zip(parts[1:], extents[1:], strict=True):
-        total = torch.baddbmm(total, part, v)
-    return total.reshape(q.shape[0], q.shape[1], -1)
+    rows, heads, count, size = q.shape
+    groups = heads // k.shape[1]
+    if causal:
+        # A query group stands where the heads are, over broadcast views of its K and V.
+        q = q.reshape(-1, groups, count, size)
+        k, v = (one.reshape(-1, 1, *one.shape[2:]).expand(-1, groups, -1, -1) for one in (k, v))
+    else:
+        # Query groups become query rows: each K/V head is read once for its whole group.
+        q = q.reshape(rows, k.shape[1], groups * count, size)
+    attend = _flash_cpu if q.device.type == "cpu" and size == v.shape[-1] else _portable
+    result, lse = attend(q, k, v, scale, causal, mask)
+    return result.reshape(rows, heads, count, -1), lse.reshape(rows, heads, count)
+
+
+def _flash_cpu(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if mask is not None:
+        mask = mask.expand(-1, -1, q.shape[2], -1)
+    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    return found[0], found[1]
+
+
+def _portable(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same from matrix products alone, some queries at a time so that the scores stay small."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    outputs, sums = [], []
+    for at in range(0, q.shape[2], _QUERIES_AT_ONCE):
+        scores = (q[:, :, at : at + _QUERIES_AT_ONCE] @ k.transpose(-1, -2)).to(exact)
+        if mask is not None:
+            scores = scores + mask
+        if causal:
+            where = torch.arange(k.shape[2], device=q.device)
+            seen = where <= at + torch.arange(scores.shape[2], device=q.device)[:, None]
+            scores = scores.masked_fill(~seen, float("-inf"))
+        lse = scores.logsumexp(-1)
+        outputs.append((scores - lse.unsqueeze(-1)).exp().to(v.dtype) @ v)
+        sums.append(lse)
+    return torch.cat(outputs, 2), torch.cat(sums, 2)
+
+
+def merge(result: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of tokens from attention over each.
+
+    The log-sum-exp merge of cascade inference (FlashInfer), which gives what one softmax over both sets gives.
+
+    Args:
+        result: [..., T, Dv] and its ``lse`` [..., T]; the latter -inf where nothing was seen yet.
+        other: the same over other tokens.
+    """
+    share = torch.sigmoid(other_lse - lse).unsqueeze(-1)
+    merged = torch.lerp(result.to(share.dtype), other.to(share.dtype), share).to(result.dtype)
+    return merged, torch.logaddexp(lse, other_lse)
 
 
 def _softmax(scores: Tensor) -> Tensor:

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvcache_core.errors import InvalidInput, InvalidType
-from kvcache_core.layout import LayerSpec
+from kvcache_core.extents import past_extents
 from kvcache_core.plan import GroupPlan, StepPlan
-from kvcache_torch.kernels import attend_all, attend_extents, attend_masked, plain_attention
-from kvcache_torch.store import TensorStore, dtype_name
+from kvcache_torch.kernels import attend_all, attend_masked, attend_with_lse
+from kvcache_torch.reading import Read, attend_reads, plan_reads
+from kvcache_torch.recorder import check_query
+from kvcache_torch.store import TensorStore
 
-__all__ = ["Recorder", "Step"]
+__all__ = ["Step"]
 
-_VIEWS_AT_MOST = 8
-"""With more extents than this their K/V are copied together first."""
+
+class _GroupStep:
+    """What the layers of one group have in common in a step; made once, before the first layer."""
+
+    def __init__(self, plan: StepPlan, number: int, device: torch.device) -> None:
+        group = self.group = plan.groups[number]
+        self.run = _run(group)
+        self.slots = torch.from_numpy(group.slots.reshape(-1)).to(device)
+        self.decodes = plan.tokens.shape[1] == 1
+        # A window hides part of the past from a prompt's later tokens: then a mask is needed.
+        self.sees_all = self.decodes or group.window is None or int(group.ends.max()) <= group.window
+        self.single: tuple[int, int] | None = None
+        if self.decodes and len(group.ends) == 1 and len(group.extents[0]) == 1:
+            slot, size, _ = group.extents[0][0]
+            self.single = slot, slot + size
+        self._device = device
+
+    @cached_property
+    def reads(self) -> list[Read]:
+        """The attention calls over what is in the pool: for a prompt without its new tokens."""
+        return plan_reads(self.group.extents if self.decodes else past_extents(self.group), self._device)
 
 
 class Step:
@@ -34,16 +57,11 @@ class Step:
         device = store.device
         self.positions = torch.from_numpy(plan.positions).to(device)
         self.last_index = torch.from_numpy(plan.counts - 1).to(device)
-        self._slots = [torch.from_numpy(group.slots.reshape(-1)).to(device) for group in plan.groups]
-        self._groups = [store.layout.group_of(layer) for layer in range(len(store.layout.layers))]
+        self._groups = [_GroupStep(plan, number, device) for number in range(len(plan.groups))]
         self._used: set[int] = set()
         # Per (group, row), made by the first layer and the same for all others.
         self._masks: dict[tuple[int, int], Tensor] = {}
         self._indices: dict[tuple[int, int], Tensor] = {}
-        # Plain ints, once per step: reading numpy scalars in every layer would cost more than the write.
-        self._counts: list[int] = plan.counts.tolist()
-        self._starts: list[int] = plan.starts.tolist()
-        self._runs = [_run(group) for group in plan.groups]
         for number, group in enumerate(plan.groups):
             store.copy_blocks(number, group.copies)
 
@@ -64,73 +82,53 @@ class Step:
             InvalidType: another dtype or device than the cache's.
         """
         self._check(q, k, v, layer, window)
-        number = self._groups[layer]
+        number = self.store.group_of(layer)
+        group = self._groups[number]
         batched_keys, batched_values = self.store.batched(layer)
-        run = self._runs[number]
+        run = group.run
         if run is not None:
             # One row into adjacent slots.
             batched_keys[:, :, run] = k
             batched_values[:, :, run] = v
-            extents = self.plan.groups[number].extents[0]
-            if q.shape[2] == 1 == len(extents) and softcap is None and batched_keys.dtype == self.dtype:
-                at, size, _ = extents[0]
-                end = at + size
+            if group.single is not None and softcap is None and batched_keys.dtype == self.dtype:
+                at, end = group.single
                 return attend_all(q, batched_keys[:, :, at:end], batched_values[:, :, at:end], scale)
         keys, values = batched_keys[0], batched_values[0]
         if run is None:
-            self._write(keys, k, number)
-            self._write(values, v, number)
-        rows = [self._row(q, k, v, keys, values, number, row, scale, softcap) for row in range(q.shape[0])]
-        if len(rows) == 1 and rows[0].shape[1] == q.shape[2]:
-            return rows[0].unsqueeze(0)
-        result = v.new_zeros(*q.shape[:3], v.shape[3])
-        for row, own in enumerate(rows):
-            result[row, :, : own.shape[1]] = own
-        return result
+            _write(keys, k, group.slots)
+            _write(values, v, group.slots)
+        if softcap is not None or not group.sees_all:
+            return self._attend_masked(q, v, keys, values, number, scale, softcap)
+        if group.decodes:
+            return attend_reads(group.reads, q, keys, values, scale)
+        new = attend_with_lse(q, k, v, scale, causal=True)
+        return attend_reads(group.reads, q, keys, values, scale, new)
 
-    def _write(self, array: Tensor, new: Tensor, number: int) -> None:
-        """Put [B, H, T, D] into the slots of the step."""
-        rows, heads, count, size = new.shape
-        flat = new.transpose(0, 1).reshape(heads, rows * count, size)
-        array.index_copy_(1, self._slots[number], flat.to(array.dtype))
-
-    def _row(
+    def _attend_masked(
         self,
         q: Tensor,
-        k: Tensor,
         v: Tensor,
         keys: Tensor,
         values: Tensor,
         number: int,
-        row: int,
         scale: float | None,
         softcap: float | None,
     ) -> Tensor:
-        """One row's result [Hq, count, Dv]."""
-        group = self.plan.groups[number]
-        count, start = self._counts[row], self._starts[row]
-        extents = group.extents[row]
-        query = q[row, :, :count]
-        visible_all = group.window is None or start + count <= group.window
-        if softcap is None and count == 1:
-            if len(extents) > _VIEWS_AT_MOST:
-                return attend_extents(query, [self._gather(keys, values, number, row)], scale)
-            views = [self._cast(keys[:, at : at + size], values[:, at : at + size]) for at, size, _ in extents]
-            return attend_extents(query, views, scale)
-        if not start and visible_all and softcap is None:
-            return plain_attention(
-                query[None], k[row : row + 1, :, :count], v[row : row + 1, :, :count], None, scale, None
-            )[0]
-        seen_k, seen_v = self._gather(keys, values, number, row)
-        return attend_masked(query[None], seen_k[None], seen_v[None], self._mask(number, row), scale, softcap)[0]
+        """Row by row with a mask: for a score cap, and for prompts that a window cuts."""
+        result = v.new_zeros(*q.shape[:3], v.shape[3])
+        for row, count in enumerate(self.plan.counts.tolist()):
+            seen_k, seen_v = self._gather(keys, values, number, row)
+            query, mask = q[row : row + 1, :, :count], self._mask(number, row)
+            result[row, :, :count] = attend_masked(query, seen_k[None], seen_v[None], mask, scale, softcap)[0]
+        return result
 
     def _mask(self, number: int, row: int) -> Tensor:
         """What each new token of the row sees of its extents: bool [count, S]."""
         mask = self._masks.get((number, row))
         if mask is None:
-            group, count = self.plan.groups[number], self._counts[row]
+            group, count = self.plan.groups[number], int(self.plan.counts[row])
             first = group.extents[row][0][2]
-            where = torch.arange(first, self._starts[row] + count, device=self.positions.device)
+            where = torch.arange(first, int(self.plan.starts[row]) + count, device=self.positions.device)
             mine = self.positions[row, :count, None]
             mask = where <= mine
             if group.window is not None:
@@ -208,66 +206,6 @@ class Step:
             )
 
 
-class Recorder:
-    """Runs in place of a step while a model is described: notes what each layer would store."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.positions = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        self.last_index = torch.zeros(1, dtype=torch.int64, device=device)
-        self.layers: dict[int, LayerSpec] = {}
-        self.dtype: torch.dtype | None = None
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layer: int,
-        window: int | None,
-        scale: float | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """Plain attention; the layer's shape is noted."""
-        check_query(q, k, layer)
-        if layer in self.layers:
-            raise InvalidInput(f"layer {layer} was used twice in one step: give each attention call its own layer=")
-        if self.dtype is not None and k.dtype != self.dtype:
-            raise InvalidType(f"all layers must have one K/V dtype, got {self.dtype} and {k.dtype} in layer {layer}")
-        self.dtype = k.dtype
-        self.layers[layer] = LayerSpec.attention(k.shape[1], k.shape[3], v.shape[3], window=window)
-        return plain_attention(q, k, v, window, scale, softcap)
-
-    def specs(self) -> tuple[LayerSpec, ...]:
-        """The layers in order.
-
-        Raises:
-            InvalidInput: no attention call was seen, or the layer numbers have gaps.
-        """
-        if not self.layers:
-            raise InvalidInput(
-                "the model made no call of kvcache_torch.attention: build its attention layers from it to cache them"
-            )
-        if sorted(self.layers) != list(range(len(self.layers))):
-            raise InvalidInput(f"layer numbers must be 0 .. L - 1 without gaps, got {sorted(self.layers)}")
-        return tuple(self.layers[layer] for layer in range(len(self.layers)))
-
-    def kv_dtype(self) -> str:
-        """The layers' dtype as the core names it."""
-        return dtype_name(self.dtype if self.dtype is not None else torch.float32)
-
-
-def check_query(q: Tensor, k: Tensor, layer: int) -> None:
-    """Check the query against K."""
-    if q.dim() != 4 or k.dim() != 4:
-        raise InvalidInput(f"q, k, v of layer {layer} must be [B, H, T, D], got q {tuple(q.shape)}, k {tuple(k.shape)}")
-    same = q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
-    if not same or q.shape[1] % k.shape[1]:
-        raise InvalidInput(
-            f"q of layer {layer} must be [B, Hq, T, D] like k, Hq a multiple of its K/V heads; got q "
-            f"{tuple(q.shape)}, k {tuple(k.shape)}"
-        )
-
-
 def _run(group: GroupPlan) -> slice | None:
     """The slots of a single row as one slice, if they are adjacent and not padded."""
     slots = group.slots
@@ -278,3 +216,10 @@ def _run(group: GroupPlan) -> slice | None:
     if last - first != slots.shape[1] - 1 or (np.diff(slots[0]) != 1).any():
         return None
     return slice(first, last + 1)
+
+
+def _write(array: Tensor, new: Tensor, slots: Tensor) -> None:
+    """Put [B, H, T, D] into the step's slots [B * T] of a pool tensor [H, slots, D]."""
+    rows, heads, count, size = new.shape
+    flat = new.transpose(0, 1).reshape(heads, rows * count, size)
+    array.index_copy_(1, slots, flat.to(array.dtype))

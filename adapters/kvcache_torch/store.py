@@ -58,6 +58,7 @@ class TensorStore:
         self.num_blocks = num_blocks
         self.device = torch.device(device)
         self._arrays: dict[tuple[int, str], Tensor] = {}
+        self._group_of = [layout.group_of(layer) for layer in range(len(layout.layers))]
         self._batched: dict[int, tuple[Tensor, Tensor]] = {}
         self._specs = {(layer, array.name): array for layer, spec in enumerate(layout.layers) for array in spec.arrays}
 
@@ -70,6 +71,10 @@ class TensorStore:
         """The tensor [H, slots, D] of one array."""
         array = self._arrays.get((layer, name))
         return self._allocate(layer, name) if array is None else array
+
+    def group_of(self, layer: int) -> int:
+        """The layer group of a layer."""
+        return self._group_of[layer]
 
     def batched(self, layer: int) -> tuple[Tensor, Tensor]:
         """K and V of an attention layer as views [1, H, slots, D], ready for attention."""

@@ -28,7 +28,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("match",),
     ("sequence",),
     ("plan",),
-    ("eviction",),
+    ("eviction", "extents"),
     ("tails",),
     ("reserve",),
     ("transaction",),

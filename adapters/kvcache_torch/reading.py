@@ -1,0 +1,192 @@
+"""How the rows of a step read what is cached: few attention calls over views of the pool, made once per step.
+
+An extent that several rows share is one call for all of them, their queries stacked (the cascade of Hydragen and
+FlashInfer, found from the block tables). Rows whose own extents are of one size and equally spaced are one strided
+view. What is left are extents of single rows; where there are many short ones, they are copied together first.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvcache_core.extents import SharedExtent, shared_extents
+from kvcache_torch.kernels import attend_with_lse, merge
+
+__all__ = ["Read", "attend_reads", "plan_reads"]
+
+_SHORT = 256
+"""Tokens from which on a view of its own is faster than a copy; `python tests/bench/torch_gather.py` measures it."""
+
+_MANY = 4
+"""So many short extents of single rows are copied together; fewer are read as views."""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One attention call: some rows over slots that they see whole.
+
+    Attributes:
+        rows: which rows, an index for dimension 0; None for all in order.
+        count: how many rows.
+        shared: all rows read the same slots; else each row its own.
+        slot: first slot of the first row.
+        size: slots per row.
+        stride: slots from one row's first slot to the next one's.
+        index: instead of a view, the slots [count * size] to copy together.
+        padding: with ``index``, bool [count, 1, 1, size], where a row has fewer slots than ``size``; or None.
+    """
+
+    rows: slice | Tensor | None
+    count: int
+    shared: bool
+    slot: int
+    size: int
+    stride: int = 0
+    index: Tensor | None = None
+    padding: Tensor | None = None
+
+    def view(self, array: Tensor, dtype: torch.dtype) -> Tensor:
+        """The slots in a pool tensor [H, slots, D] as [count, H, size, D]; one row if shared."""
+        heads, slots, width = array.shape
+        rows = 1 if self.shared else self.count
+        if self.index is not None:
+            found = array.index_select(1, self.index).view(heads, rows, self.size, width).transpose(0, 1)
+        else:
+            strides = (self.stride * width, slots * width, width, 1)
+            found = array.as_strided((rows, heads, self.size, width), strides, self.slot * width)
+        return found.to(dtype)
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+        """Attention of the read's rows, q [B, Hq, T, D] -> [count, Hq, T, Dv] and its log-sum-exp."""
+        if self.rows is not None:
+            q = q[self.rows]
+        k, v = self.view(keys, q.dtype), self.view(values, q.dtype)
+        if not self.shared:
+            mask = None
+            if self.padding is not None:
+                mask = q.new_zeros(self.padding.shape).masked_fill_(self.padding, float("-inf"))
+            return attend_with_lse(q, k, v, scale, mask=mask)
+        heads = k.shape[1]
+        rows, queries, count, size = q.shape
+        stacked = q.reshape(rows, heads, -1, size).transpose(0, 1).reshape(1, heads, -1, size)
+        result, lse = attend_with_lse(stacked, k, v, scale)
+        result = result.view(heads, rows, -1, v.shape[3]).transpose(0, 1).reshape(rows, queries, count, -1)
+        return result, lse.view(heads, rows, -1).transpose(0, 1).reshape(rows, queries, count)
+
+
+def attend_reads(
+    reads: Sequence[Read],
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float | None,
+    new: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """All reads of a step, merged.
+
+    Args:
+        reads: from :func:`plan_reads`.
+        q: [B, Hq, T, D].
+        keys: the layer's pool [Hkv, slots, D].
+        values: [Hkv, slots, Dv].
+        scale: factor on the scores; default 1 / sqrt(D).
+        new: result and log-sum-exp of attention over tokens that are in no read.
+
+    Returns:
+        [B, Hq, T, Dv].
+    """
+    if new is None and reads[0].rows is not None:
+        shape = q.shape[:3]
+        new = q.new_zeros(*shape, values.shape[2]), q.new_full(shape, float("-inf"))
+    for read in reads:
+        part = read.attend(q, keys, values, scale)
+        if new is None:
+            new = part
+        elif read.rows is None:
+            new = merge(*new, *part)
+        else:
+            for whole, merged in zip(new, merge(new[0][read.rows], new[1][read.rows], *part), strict=True):
+                whole[read.rows] = merged
+    if new is None:
+        raise ValueError("a step without tokens")
+    return new[0]
+
+
+def plan_reads(per_row: Sequence[Sequence[tuple[int, int, int]]], device: torch.device) -> list[Read]:
+    """The reads that cover every row's extents once; those of all rows come first.
+
+    Args:
+        per_row: per row, (first slot, tokens, first position) of each of its extents.
+        device: where index tensors go.
+    """
+    rows = len(per_row)
+    pieces = shared_extents(per_row)
+    own = [piece for piece in pieces if len(piece.rows) == 1]
+    runs = list(_equally_spaced(own))
+    short = [run for run in runs if run[0].size < _SHORT]
+    if len(short) > _MANY:
+        runs = [run for run in runs if run[0].size >= _SHORT]
+    reads = [
+        Read(_index(piece.rows, rows, device), len(piece.rows), True, piece.slot, piece.size)
+        for piece in pieces
+        if len(piece.rows) > 1
+    ]
+    for run in runs:
+        index = _index([piece.rows[0] for piece in run], rows, device)
+        stride = run[1].slot - run[0].slot if len(run) > 1 else 0
+        reads.append(Read(index, len(run), False, run[0].slot, run[0].size, stride))
+    if len(short) > _MANY:
+        reads.append(_gathered([piece for run in short for piece in run], rows, device))
+    return sorted(reads, key=lambda read: read.rows is not None)
+
+
+def _equally_spaced(pieces: Iterable[SharedExtent]) -> Iterable[list[SharedExtent]]:
+    """Pieces of single rows, put together where size and distance are the same and no row comes twice."""
+    by_size = defaultdict(list)
+    for piece in pieces:
+        by_size[piece.size].append(piece)
+    for equal in by_size.values():
+        run: list[SharedExtent] = []
+        for piece in equal:  # in ascending order of their slots
+            known = any(piece.rows == other.rows for other in run)
+            if known or (len(run) > 1 and piece.slot - run[-1].slot != run[1].slot - run[0].slot):
+                yield run
+                run = []
+            run.append(piece)
+        yield run
+
+
+def _gathered(pieces: Iterable[SharedExtent], rows: int, device: torch.device) -> Read:
+    """One read that copies many short pieces of single rows together."""
+    slots: dict[int, list[int]] = defaultdict(list)
+    for piece in pieces:
+        slots[piece.rows[0]].extend(range(piece.slot, piece.slot + piece.size))
+    readers = sorted(slots)
+    size = max(map(len, slots.values()))
+    # Padding repeats a slot of the row's own: what it holds is a number, and masked.
+    index = torch.tensor([slots[row] + slots[row][:1] * (size - len(slots[row])) for row in readers], device=device)
+    lengths = torch.tensor([len(slots[row]) for row in readers], device=device)
+    padding = (torch.arange(size, device=device) >= lengths[:, None])[:, None, None]
+    ragged = bool((lengths < size).any())
+    return Read(
+        _index(readers, rows, device),
+        len(readers),
+        False,
+        0,
+        size,
+        index=index.reshape(-1),
+        padding=padding if ragged else None,
+    )
+
+
+def _index(chosen: Sequence[int], rows: int, device: torch.device) -> slice | Tensor | None:
+    """Rows as the cheapest index: None for all, a slice for neighbours, else a tensor."""
+    first = chosen[0]
+    if list(chosen) == list(range(first, first + len(chosen))):
+        return None if len(chosen) == rows else slice(first, first + len(chosen))
+    return torch.tensor(chosen, device=device)
