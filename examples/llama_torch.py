@@ -1,8 +1,8 @@
 """A Llama in PyTorch, to be read in one sitting beside `llama_keras.py`.
 
 Two calls make it ready for a cache and change nothing without one: `positions` instead of `arange`, and
-`attention` instead of `scaled_dot_product_attention`. `linear` is `F.linear`, only faster on a CPU. Shapes: B batch, T new tokens, C hidden size, H query heads,
-G key/value heads, D head size, F feed-forward size, V vocabulary.
+`attention` instead of `scaled_dot_product_attention`; `linear` is `F.linear`, only faster on a CPU. Shapes: B batch,
+T new tokens, C hidden size, H query heads, G key/value heads, D head size, F feed-forward size, V vocabulary.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,13 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvcache_core.errors import InvalidType
+from kvcache_core.errors import InvalidType, KVCacheWarning
 from kvcache_core.frontend import Call, FrontendCache, ModelSpec
 from kvcache_core.layout import BlockLayout
 from kvcache_core.plan import StepPlan
 from kvcache_torch.activation import Site
+from kvcache_torch.compiled import compiler_works
 from kvcache_torch.context import local
 from kvcache_torch.driver import AttachedForward, Driver, device_of, driver_of, evaluating, logits_of
+from kvcache_torch.linear import pack_weights as pack
+from kvcache_torch.linear import unpack_weights as unpack
 from kvcache_torch.recompute import recompute, target_scores, widened
 from kvcache_torch.step import Step
 from kvcache_torch.store import TensorStore, dtype_name, torch_dtype
@@ -120,6 +124,36 @@ class KVCache(FrontendCache):
             return
         driver.uninstall()
         del self._driver  # it holds the model
+
+    def compile(self, *, pack_weights: bool = False) -> None:
+        """Make decode steps of the attached model faster, at the price of compiling them once.
+
+        Steps of one token per row then run through ``torch.compile``: one graph for a single row, one for any larger
+        number, each compiled at its first use. Prompts and ``model(x)`` run as before. Where nothing can be compiled
+        (no C++ compiler on a CPU) a warning says so and steps run as before. Call it again after attaching another
+        model.
+
+        Args:
+            pack_weights: on a CPU, also keep a copy of every float32 matrix in the order that is read fastest when
+                there are several rows (:func:`kvcache_torch.linear`): twice the memory for the weights.
+
+        Raises:
+            UsageError: no model is attached.
+        """
+        self._check_attached()
+        if pack_weights:
+            pack(self.model.parameters())
+        problem = compiler_works()
+        if problem:
+            warnings.warn(f"decode steps are not compiled: {problem}", KVCacheWarning, stacklevel=2)
+        else:
+            self._driver.compile()
+
+    def invalidate(self) -> None:
+        """Never find anything again that was computed before now."""
+        if self.model is not None:
+            unpack(self.model.parameters())  # a write around the version counter left them stale
+        super().invalidate()
 
     @property
     def _original(self) -> Callable[..., Any]:

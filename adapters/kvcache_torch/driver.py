@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kvcache_core.errors import InvalidInput, KVCacheError
 from kvcache_core.frontend import ModelSpec
 from kvcache_torch import activation
+from kvcache_torch.compiled import CompiledDecode
 from kvcache_torch.context import local
 from kvcache_torch.recorder import Recorder
 from kvcache_torch.step import Step
@@ -33,6 +34,13 @@ class Driver:
     def __init__(self, cache: Any, model: nn.Module) -> None:
         self.cache = cache
         self.model = model
+        self.decode: Callable[..., Any] | None = None
+        """What runs steps of one token per row instead of the model's own forward."""
+
+    def compile(self) -> None:
+        """Compile the decode step; a model that is compiled already stays as it is."""
+        if self.plain is self.model and self.decode is None:
+            self.decode = CompiledDecode(self.model.forward.original)
 
     @property
     def plain(self) -> nn.Module:
@@ -85,7 +93,8 @@ class Driver:
 
     def run(self, tokens: Tensor, step: Step) -> Tensor:
         """The model over a step's new tokens [B, T], inside the step: [B, T, ...], or [B, 1, ...]."""
-        output: Tensor = self.model.forward.original(tokens)
+        forward = self.decode if self.decode is not None and tokens.shape[1] == 1 else self.model.forward.original
+        output: Tensor = forward(tokens)
         return output
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvcache_core.errors import KVCacheWarning
 from kvcache_torch import KVCache, generate
 from tests.adapters.torch.models import Small, close, ids, prompt
 
@@ -75,3 +76,28 @@ def test_compiled_outside_the_cache_is_plain_attention():
         plain = model(x)
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         close(compiled(x), plain)
+
+
+@pytest.mark.slow
+def test_cache_compile_changes_no_token():
+    model = Small()
+    prompts = [prompt(seed, 5 + 3 * seed) for seed in range(3)]
+    plain = generate(model, prompts, max_new_tokens=12)
+    cache = KVCache(128, block_size=4)
+    cache.attach(model, outputs="last")
+    cache.compile(pack_weights=True)
+    assert generate(model, prompts, max_new_tokens=12, cache=cache) == plain
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 1 <= graphs <= 2
+    assert [generate(model, [one], max_new_tokens=12, cache=cache)[0] for one in prompts] == plain
+
+
+def test_without_a_compiler_steps_run_as_before(monkeypatch):
+    monkeypatch.setattr("kvcache_torch.cache.compiler_works", lambda: "no C++ compiler")
+    model = Small()
+    plain = generate(model, [prompt(0, 9)], max_new_tokens=5)
+    cache = KVCache(64, block_size=4)
+    cache.attach(model, outputs="last")
+    with pytest.warns(KVCacheWarning, match="no C"):
+        cache.compile()
+    assert generate(model, [prompt(0, 9)], max_new_tokens=5, cache=cache) == plain

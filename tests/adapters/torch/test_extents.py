@@ -1,0 +1,125 @@
+"""Attention over shared extents, strided rows and gathered pieces against the numpy reference in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcache_core import BlockCache, BlockLayout, LayerSpec
+from kvcache_core.attention import cached_attention
+from kvcache_core.store import NumpyStore
+from kvcache_torch import TensorStore, kernels, reading
+from kvcache_torch.step import Step
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class Twin:
+    """One layer in torch, the same in numpy in float64, and the same in torch without extents."""
+
+    def __init__(self, dtype, heads, groups, sizes, window, block_size):
+        self.dtype, self.heads, self.groups, self.sizes = DTYPES[dtype], heads, groups, sizes
+        spec = LayerSpec.attention(heads, *sizes, window=window)
+        layout = BlockLayout([spec], block_size, dtype)
+        self.core = BlockCache(600, block_size=block_size, layout=layout)
+        self.store = TensorStore(layout, 600)
+        for name in "kv":
+            self.store.array(0, name).fill_(torch.nan)  # who reads a slot that nobody wrote gets NaN
+        self.numpy = NumpyStore(BlockLayout([spec], block_size, "float64"), 600)
+        self.random = np.random.default_rng(0)
+        self.window = window
+
+    def draw(self, *shape):
+        return torch.from_numpy(self.random.standard_normal(shape)).to(self.dtype)
+
+    def step(self, seqs, counts):
+        plan = self.core.plan(seqs, [self.random.integers(0, 10**6, count).tolist() for count in counts])
+        rows, width = plan.tokens.shape
+        q = self.draw(rows, self.heads * self.groups, width, self.sizes[0])
+        k, v = (self.draw(rows, self.heads, width, size) for size in self.sizes)
+        self.numpy.apply_copies(plan)
+        wide = [one.double().numpy() for one in (q, k, v)]
+        exact = cached_attention(*wide, 0, self.numpy, plan)
+        found = Step(plan, self.store, self.dtype).attend(q, k, v, 0, self.window, None, None)
+        for row, count in enumerate(counts):
+            mine, plain = found[row, :, :count], self.plain(plan, q, row, count)
+            expected = torch.from_numpy(exact[row, :, :count])
+            error, own = (float((one.double() - expected).abs().max()) for one in (mine, plain))
+            magnitude = float(expected.abs().max())
+            ulp = 2.0 ** np.floor(np.log2(magnitude)) * torch.finfo(self.dtype).eps
+            # Over so few numbers the two largest errors differ by chance; a wrong slot is off by millions of ulp.
+            assert error <= 1.5 * own + 4 * ulp
+        self.core.commit(plan)
+
+    def plain(self, plan, q, row, count):
+        """The same attention over the row's tokens brought together."""
+        group = plan.groups[0]
+        slots = [slot for start, size, _ in group.extents[row] for slot in range(start, start + size)]
+        first = group.extents[row][0][2]
+        k, v = (torch.from_numpy(self.numpy.read(0, name, slots)).to(self.dtype).transpose(0, 1) for name in "kv")
+        where = torch.arange(first, first + len(slots))
+        mine = torch.from_numpy(plan.positions[row, :count])[:, None]
+        mask = (where <= mine) & (where > mine - (self.window or 10**9))
+        return kernels.attend_masked(q[row : row + 1, :, :count], k[None], v[None], mask, None, None)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data())
+def test_any_tree_of_rows_equals_the_reference(dtype, data):
+    """Rows fork from each other at random, grow by ragged numbers of tokens, and are stepped together."""
+    draw = data.draw
+    size = draw(st.integers(1, 5))
+    twin = Twin(
+        dtype,
+        heads=draw(st.integers(1, 3)),
+        groups=draw(st.integers(1, 3)),
+        sizes=(size, draw(st.sampled_from([size, size + 1]))),
+        window=draw(st.none() | st.integers(1, 30)),
+        block_size=draw(st.integers(1, 4)),
+    )
+    seqs = [twin.core.open([1])]
+    twin.step(seqs, [draw(st.integers(1, 20))])
+    for _ in range(draw(st.integers(1, 4))):
+        for _ in range(draw(st.integers(0, 2))):
+            seqs.append(draw(st.sampled_from(seqs)).fork())
+        chosen = draw(st.lists(st.sampled_from(seqs), min_size=1, max_size=6, unique_by=id))
+        one_each = draw(st.booleans())
+        counts = [1 if one_each else draw(st.integers(1, 6)) for _ in chosen]
+        twin.step(chosen, counts)
+
+
+def test_shared_prefix_is_one_call_and_equal_tails_another():
+    """Eight rows behind a common prefix: two calls a layer, not one per row."""
+    core = BlockCache(400, block_size=4)
+    parent = core.open([1])
+    core.commit(core.plan([parent], [list(range(64))]))
+    rows = [parent.fork() for _ in range(8)]
+    for at, row in enumerate(rows):
+        core.commit(core.plan([row], [[100 + at] * 8]))
+    plan = core.plan(rows, [[7]] * 8)
+    reads = reading.plan_reads(plan.groups[0].extents, torch.device("cpu"))
+    assert [(read.count, read.shared, read.size) for read in reads if read.shared] == [(8, True, 64)]
+    assert len(reads) <= 5
+    core.rollback(plan)
+
+
+def test_many_short_extents_are_copied_together():
+    per_row = [[(40 * row + 3 * piece, 2, 2 * piece) for piece in range(3 + row % 2)] for row in range(6)]
+    (read,) = reading.plan_reads(per_row, torch.device("cpu"))
+    assert read.index is not None
+    assert read.padding is not None
+    assert read.padding.flatten(1).sum(1).tolist() == [2, 0, 2, 0, 2, 0]
+
+
+def test_portable_kernel_gives_what_the_native_one_gives():
+    q, k, v = torch.randn(2, 6, 300, 8), torch.randn(2, 3, 300, 8), torch.randn(2, 3, 300, 8)
+    mask = torch.zeros(2, 1, 1, 300).masked_fill_(torch.rand(2, 1, 1, 300) < 0.3, float("-inf"))
+    for causal, added in ((True, None), (False, None), (False, mask)):
+        native = kernels.attend_with_lse(q, k, v, None, causal=causal, mask=added)
+        wider = torch.nn.functional.pad(v, (0, 1))  # another head size of V: the native kernel refuses it
+        portable = kernels.attend_with_lse(q, k, wider, None, causal=causal, mask=added)
+        torch.testing.assert_close(portable[0][..., :8], native[0], atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(portable[1], native[1], atol=2e-6, rtol=1e-5)
