@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["Row", "Spread", "Table", "alternate", "clock", "describe_machine", "seconds"]
+__all__ = ["Row", "Spread", "Table", "alternate", "clock", "describe_machine", "read_bandwidth", "seconds"]
 
 CLOCK = "BENCH_CLOCK"
 PACKAGES = ("numpy", "torch", "tensorflow", "tensorflow-cpu", "keras", "keras-hub", "transformers")
@@ -99,6 +99,17 @@ def clock() -> float:
     The latter is for one thread on a machine that others use too: waiting for a core is nobody's cost then.
     """
     return time.process_time() if os.environ.get(CLOCK) == "processor" else time.perf_counter()
+
+
+def read_bandwidth() -> Callable[[], float]:
+    """A function that measures how many bytes per second PyTorch reads from memory, with the threads it has.
+
+    It is the dot product of half a gigabyte with itself: nothing reads faster and needs less else.
+    """
+    import torch
+
+    values = torch.ones(2**27)
+    return lambda: values.nbytes / seconds(lambda: torch.dot(values, values))
 
 
 def seconds(function: Callable[[], object]) -> float:

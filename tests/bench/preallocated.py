@@ -25,11 +25,12 @@ class Preallocated:
         model: the example model whose weights are used.
         capacity: most tokens.
         folded: how decode attention treats grouped queries: fold them into the query length, or `enable_gqa=True`.
+        compiled: compile the decode step, attention as one opaque operation, as `KVCache.compile` does.
     """
 
-    def __init__(self, model: nn.Module, capacity: int, *, folded: bool) -> None:
+    def __init__(self, model: nn.Module, capacity: int, *, folded: bool, compiled: bool = False) -> None:
         module = _example_of_its_own()
-        module.attention = self._attention
+        module.attention = self._called if compiled else self._attention
         module.positions = self._positions
         module.select_outputs = lambda hidden: hidden[:, -1:]
         self.model = module.Llama(model.config)
@@ -42,6 +43,8 @@ class Preallocated:
         self.length = 0
         self._folded = folded
         self._mask: Tensor | None = None
+        self._where = torch.zeros(1, 1, dtype=torch.int64)
+        self._decode = torch.compile(self.model, dynamic=False) if compiled else self.model
 
     @torch.inference_mode()
     def step(self, tokens: list[int]) -> Tensor:
@@ -50,12 +53,19 @@ class Preallocated:
         if count > 1:
             seen = torch.arange(self.length + count)
             self._mask = seen <= torch.arange(self.length, self.length + count)[:, None]
-        logits = self.model(torch.tensor([tokens]))[0, -1]
+        self._where.fill_(self.length)
+        _ACTIVE[:] = [self]
+        logits = (self._decode if count == 1 else self.model)(torch.tensor([tokens]))[0, -1]
         self.length += count
         return logits
 
     def _positions(self, length: int, *, device: Any = None) -> Tensor:
+        if length == 1:
+            return self._where
         return torch.arange(self.length, self.length + length, device=device).unsqueeze(0)
+
+    def _called(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int) -> Tensor:
+        return torch.ops.kvbench.attend(q, k, v, layer)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int) -> Tensor:
         end = self.length + q.shape[2]
@@ -71,6 +81,24 @@ class Preallocated:
             return F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
         groups = q.reshape(1, keys.shape[1], -1, q.shape[3])
         return F.scaled_dot_product_attention(groups, keys, values).reshape(q.shape)
+
+
+_ACTIVE: list[Preallocated] = []
+"""The one whose step is under way: a compiled graph must not depend on which one it is, nor on its length."""
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+    return _ACTIVE[0]._attention(q, k, v, layer=layer).contiguous()
+
+
+_library = torch.library.Library("kvbench", "FRAGMENT")
+_library.define("attend(Tensor q, Tensor k, Tensor v, int layer) -> Tensor")
+_library.impl("attend", _attend, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("kvbench::attend", lib=_library)
+def _(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+    return torch.empty(q.shape)
 
 
 def _example_of_its_own() -> ModuleType:

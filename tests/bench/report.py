@@ -12,6 +12,9 @@ COMMITTED = ROOT / "docs" / "performance.json"
 PAGE = ROOT / "docs" / "performance.md"
 ORDER = (
     "torch_decode",
+    "torch_attention",
+    "torch_memory",
+    "torch_repeat",
     "torch_prefix",
     "torch_batch",
     "torch_requests",
