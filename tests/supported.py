@@ -17,7 +17,7 @@ TABLE, PAGE = DOCS / "supported.json", DOCS / "supported.md"
 
 MODES = (
     *("forward", "stepwise", "greedy", "sampling", "padding", "beam search", "several sequences", "assisted"),
-    *("continued", "small pool"),
+    *("continued", "small pool", "graph"),
 )
 """The columns, in order; a mode that is not listed comes behind them."""
 
@@ -31,6 +31,7 @@ says that a test with a small random model of the family has shown the cached re
 - greedy, sampling, beam search, several sequences (`num_return_sequences`), assisted: the framework's own `generate`
 - padding: rows of different lengths, padded on the left and on the right
 - continued: a kept cache goes on with the next turn; small pool: with eviction while it runs
+- graph: inside a `tf.function` of your own
 """
 
 

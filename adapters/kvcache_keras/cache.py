@@ -98,7 +98,7 @@ class KVCache(FrontendCache):
         layers, vocabulary = recorder.specs(), _vocab_size(model, output, recorder)
         if self._routes is not None and self._routes.methods:
             with tf.init_scope(), not_recording(), outside():
-                check_in_parts(model, vocabulary)
+                check_in_parts(model, vocabulary, str(recorder.dtype))
         return ModelSpec(
             layers,
             str(recorder.dtype),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from kvcache_core.errors import CacheFull, InvalidInput, InvalidType
+from kvcache_core.errors import CacheFull, InvalidInput, InvalidType, UsageError
 from kvcache_keras.cache import KVCache
 from kvcache_keras.hub_generate import Request, Rows, beam_search, sample
 from kvcache_keras.hub_seq2seq import FAMILIES, Memory
@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError("kvcache_keras.hub needs KerasHub: pip install 'kvcache-core[keras-hub]'") from error
 
-__all__ = ["attach"]
+__all__ = ["attach", "generate"]
 
 _Sampler = keras_hub.samplers.Sampler
 _BeamSampler = keras_hub.samplers.BeamSampler
@@ -34,7 +34,8 @@ def attach(causal_lm: Any, cache: KVCache, *, outputs: str = "last", identity: s
     ``cache.detach()`` gives the model back as it was.
 
     Args:
-        causal_lm: a ``keras_hub.models.CausalLM`` or ``Seq2SeqLM``.
+        causal_lm: a ``keras_hub.models.CausalLM`` or ``Seq2SeqLM``; or a ``WhisperBackbone``, for which KerasHub has no
+            model that generates: see :func:`generate`.
         cache: attached to this model or to none.
         outputs: ``"last"`` for generation; ``"all"`` if ``with cache: causal_lm(inputs)`` is to give all logits.
         identity: a name for these weights; see :meth:`KVCache.attach`.
@@ -43,9 +44,9 @@ def attach(causal_lm: Any, cache: KVCache, *, outputs: str = "last", identity: s
         InvalidType: no ``CausalLM``.
         InvalidInput: a layer that cannot be served exactly, by name, or an encoder-decoder family that is not known.
     """
-    if not isinstance(causal_lm, keras_hub.models.CausalLM):
-        raise InvalidType(f"kvcache_keras.hub serves a keras_hub CausalLM, got {type(causal_lm).__name__}")
     family = FAMILIES.get(type(causal_lm).__name__)
+    if not isinstance(causal_lm, (keras_hub.models.CausalLM, keras_hub.models.WhisperBackbone)):
+        raise InvalidType(f"kvcache_keras.hub serves a keras_hub CausalLM, got {type(causal_lm).__name__}")
     if family is None and isinstance(causal_lm, keras_hub.models.Seq2SeqLM):
         raise InvalidInput(
             f"of KerasHub's encoder-decoder models {sorted(FAMILIES)} are served, {here(causal_lm)} is not"
@@ -61,6 +62,32 @@ def attach(causal_lm: Any, cache: KVCache, *, outputs: str = "last", identity: s
         cache.at_detach(lambda: FORWARDS.pop(causal_lm))
     ServedGenerate(causal_lm, cache, memory).install()
     return causal_lm
+
+
+def generate(
+    model: Any, inputs: dict[str, Any], *, sampler: Any = "greedy", stop_token_ids: Collection[int] | None = None
+) -> dict[str, Any]:
+    """Generation for an attached model that has none of its own: ``WhisperBackbone``.
+
+    Args:
+        model: attached by :func:`attach`.
+        inputs: ``encoder_features`` [B, S, M], and ``decoder_token_ids`` and ``decoder_padding_mask`` [B, L], padded on
+            the right to the length wanted.
+        sampler: a KerasHub sampler or its name.
+        stop_token_ids: tokens that end a row; None to fill all columns.
+
+    Returns:
+        ``decoder_token_ids`` int32 [B, L], and ``decoder_padding_mask`` bool [B, L], True up to the first stop token.
+
+    Raises:
+        UsageError: the model is not attached.
+        InvalidInput: a sampler that chooses otherwise than token by token or by beams, or prompts not padded right.
+        CacheFull: no room.
+    """
+    served = vars(model).get("make_generate_function")
+    if not isinstance(served, ServedGenerate) or served.memory is None:
+        raise UsageError("the model is not attached: call kvcache_keras.hub.attach(model, cache) first")
+    return served.without_the_library(inputs, keras_hub.samplers.get(sampler), stop_token_ids)
 
 
 def _refuse_unknown(model: Any) -> None:
@@ -96,7 +123,7 @@ class ServedGenerate:
         tensors = {name: value if value is None else tf.convert_to_tensor(value) for name, value in inputs.items()}
         if _beams(self.model.sampler) and not self._has_images(tensors):
             parts = 2 if self.memory is None else self.memory.family.cache_parts
-            stand = _Model(self.model, parts, lambda *request: self._fill(tensors, *request))
+            stand = _Model(self.model, parts, lambda *request: self._fill(tensors, *request, self.model.sampler))
             try:
                 with self.memory.lock if self.memory else nullcontext():
                     result: dict[str, Any] = type(self.model).generate_step(stand, tensors, stop_token_ids)
@@ -106,9 +133,25 @@ class ServedGenerate:
         own = type(self.model).make_generate_function(self.model)
         return own(inputs, stop_token_ids=stop_token_ids)
 
-    def _fill(self, inputs: dict[str, Any], prompt: Any, mask: Any, stop: Collection[int] | None) -> Any:
+    def without_the_library(
+        self, inputs: dict[str, Any], sampler: Any, stop_token_ids: Collection[int] | None
+    ) -> dict[str, Any]:
+        """See :func:`generate`."""
+        if not _beams(sampler):
+            raise InvalidInput(f"{type(sampler).__name__} chooses otherwise than token by token or by beams")
+        prompt, mask = (tf.convert_to_tensor(inputs[f"decoder_{name}"]) for name in ("token_ids", "padding_mask"))
+        with self.memory.lock if self.memory else nullcontext():
+            try:
+                tokens = self._fill(inputs, prompt, mask, stop_token_ids, sampler)
+            except _Elsewhere as elsewhere:
+                raise (elsewhere.__cause__ or InvalidInput(elsewhere.reason)) from None
+        stops = np.isin(tokens, list(stop_token_ids or ())) & ~np.asarray(mask, bool)
+        ended = stops.cumsum(axis=1) - stops > 0
+        return {"decoder_token_ids": tokens, "decoder_padding_mask": tf.constant(~ended)}
+
+    def _fill(self, inputs: dict[str, Any], prompt: Any, mask: Any, stop: Collection[int] | None, sampler: Any) -> Any:
         """Fill the columns of a prompt [B, L] that are not given in the mask."""
-        sampler, cache = self.model.sampler, self.cache
+        cache = self.cache
         ends = None if stop is None else frozenset(map(int, stop))
         request = Request(np.array(prompt, np.int64), np.array(mask, bool), ends)
         tokens = sum(request.lengths)
@@ -120,7 +163,15 @@ class ServedGenerate:
         core = cache.core
         has_full = any(group.kind == "attention" and group.window is None for group in core.groups)
         if has_full and request.blocks(beams, core.block_size) > core.num_blocks:
-            raise _Elsewhere(tokens, "the cache has no room for all rows of generate")
+            need = request.blocks(beams, core.block_size)
+            full = CacheFull(
+                f"generate needs {need} blocks for all rows; the whole cache has {core.num_blocks}; make it larger "
+                "(size= or memory=) or generate fewer rows at once",
+                needed=need,
+                available=core.num_blocks,
+                capacity=core.num_blocks,
+            )
+            raise _Elsewhere(tokens, f"the cache has no room for it ({full})") from full
         cache.refresh()
         seeds = [(variable, variable.numpy()) for variable in sampler.variables]
         try:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -33,14 +34,16 @@ class Family:
     """How one family of encoder-decoder models is run.
 
     Args:
-        inputs: names of what the encoder takes, its mask last.
+        inputs: names of what the encoder takes, its mask last if it has one.
+        encoder: the model's encoder, a function of these inputs: hidden states [B, S, C], or with a mask [B, S].
         layers: the decoder's layers.
         crossing: a decoder layer's cross-attention.
         decode: (backbone, ids [B, T], something in the encoder output's place) -> hidden states [B, T, C].
         cache_parts: how many values the model's ``_build_cache`` returns.
     """
 
-    inputs: tuple[str, str]
+    inputs: tuple[str, ...]
+    encoder: Callable[[Any], Callable[..., Any]]
     layers: Callable[[Any], Sequence[Any]]
     crossing: Callable[[Any], Any]
     decode: Callable[[Any, _Tensor, _Tensor], _Tensor]
@@ -64,10 +67,10 @@ class Memory:
         """Held while a batch is served: its rows are bound."""
         self.family = family
         self._model = weakref.ref(model)
-        self._layers = [family.crossing(layer) for layer in family.layers(model.backbone)]
+        self._layers = [family.crossing(layer) for layer in family.layers(_backbone(model))]
         self._kept: OrderedDict[bytes, _Input] = OrderedDict()
         self._bound: list[bytes] = []
-        self._encode = tf.function(model.call_encoder, reduce_retracing=True, autograph=False)
+        self._encode = tf.function(family.encoder(model), reduce_retracing=True, autograph=False)
         with tf.init_scope():
             self._keys = [_bank(layer, layer._key_dim) for layer in self._layers]
             self._values = [_bank(layer, layer._value_dim) for layer in self._layers]
@@ -111,8 +114,7 @@ class Memory:
 
     def forward(self, tokens: _Tensor) -> _Tensor:
         """Logits [B, T, V] of the decoder for ids [B, T]."""
-        model = self._model()
-        backbone = model.backbone  # type: ignore[union-attr]
+        backbone = _backbone(self._model())
         width = backbone.token_embedding.output_dim
         # The layers want an encoder output, but what they attend to is here.
         unseen = tf.zeros((tf.shape(tokens)[0], 1, width), backbone.compute_dtype)
@@ -127,12 +129,19 @@ class Memory:
     def _read(self, *arrays: _Tensor) -> _Input:
         with outside():
             encoded = self._encode(*arrays)
-            hidden, mask = encoded if isinstance(encoded, tuple) else (encoded, arrays[-1])
+            if isinstance(encoded, tuple):
+                hidden, mask = encoded
+            else:
+                hidden, mask = encoded, arrays[1] if len(arrays) > 1 else tf.ones(encoded.shape[:2], tf.bool)
             return _Input(
                 [tf.transpose(layer._key_dense(hidden), (2, 0, 1, 3)) for layer in self._layers],
                 [tf.transpose(layer._value_dense(hidden), (2, 0, 1, 3)) for layer in self._layers],
                 tf.cast(mask, tf.bool),
             )
+
+
+def _backbone(model: Any) -> Any:
+    return getattr(model, "backbone", model)
 
 
 def _bank(layer: Any, size: int) -> tf.Variable:
@@ -169,9 +178,27 @@ def _moonshine(backbone: Any, tokens: _Tensor, unseen: _Tensor) -> _Tensor:
     return backbone.decoder_post_norm(h)
 
 
+def _whisper(backbone: Any, tokens: _Tensor, unseen: _Tensor) -> _Tensor:
+    h = backbone.decoder_embeddings(tokens)
+    for layer in backbone.decoder_transformer_layers:
+        h = layer(h, unseen, training=False)
+    return backbone.decoder_layer_norm(h)
+
+
+def _whisper_encoder(backbone: Any) -> Callable[..., Any]:
+    encoder = keras.Model(backbone.input["encoder_features"], backbone.output["encoder_sequence_output"])
+    return lambda features: encoder(features, training=False)
+
+
+def _own_encoder(model: Any) -> Callable[..., Any]:
+    encode: Callable[..., Any] = model.call_encoder
+    return encode
+
+
 FAMILIES = {
     "BartSeq2SeqLM": Family(
         ("encoder_token_ids", "encoder_padding_mask"),
+        _own_encoder,
         lambda backbone: backbone.decoder_transformer_layers,
         lambda layer: layer._cross_attention_layer,
         _bart,
@@ -179,9 +206,18 @@ FAMILIES = {
     ),
     "MoonshineAudioToText": Family(
         ("encoder_input_values", "encoder_padding_mask"),
+        _own_encoder,
         lambda backbone: backbone.decoder_blocks,
         lambda layer: layer.cross_attention,
         _moonshine,
         5,
+    ),
+    "WhisperBackbone": Family(
+        ("encoder_features",),
+        _whisper_encoder,
+        lambda backbone: backbone.decoder_transformer_layers,
+        lambda layer: layer._cross_attention_layer,
+        _whisper,
+        0,
     ),
 }

@@ -25,9 +25,9 @@ __all__ = ["check_in_parts"]
 
 _Tensor = Any
 _PARTS = (3, 1, 2)
-_TOLERANCE = {"float64": 1e-7, "float32": 3e-4}
-"""Largest difference, as a part of the largest output. Another position or a missing token is off by far more; half
-precision is allowed 0.05."""
+_TOLERANCE = {"float64": 1e-7, "float32": 3e-4, "float16": 0.02, "bfloat16": 0.15}
+"""Root mean square of a token's difference, as a part of the largest token's own, per dtype of K and V. In float32,
+another position or a missing token is off by far more."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,23 @@ class _Part:
         return attend(q, k, v, mask, scale, softcap)
 
 
-def check_in_parts(model: Any, vocab_size: int | None) -> None:
-    """Raise InvalidInput, naming the layer, if the model computed in parts is another one than computed whole."""
+def check_in_parts(model: Any, vocab_size: int | None, dtype: str) -> None:
+    """Raise InvalidInput, naming the layer, if the model computed in parts is another one than computed whole.
+
+    Args:
+        model: routed and built; it is called outside any cache.
+        vocab_size: ids are below it; None if unknown.
+        dtype: of K and V.
+    """
+    tolerance = _TOLERANCE[dtype]
     count = sum(_PARTS)
     ids = np.random.default_rng(0).integers(1, max(2, vocab_size or 2), (1, count)).astype(np.int32)
     whole, parts = _whole(model, ids), _in_parts(model, ids)
-    if _equal(whole, parts):
+    if _equal(whole, parts, tolerance):
         return
     raise InvalidInput(
-        f"layer {_culprit(model, ids)} cannot be served from a cache exactly: computed in parts, its tokens get "
-        "another result. It mixes tokens outside attention, or counts positions from 0: take them from "
+        f"layer {_culprit(model, ids, tolerance)} cannot be served from a cache exactly: computed in parts, its tokens "
+        "get another result. It mixes tokens outside attention, or counts positions from 0: take them from "
         "kvcache_keras.positions() or PositionIds"
     )
 
@@ -104,15 +111,21 @@ def _in_parts(model: Any, ids: NDArray[Any], parts: Sequence[int] = _PARTS) -> N
     return np.concatenate(outputs, axis=1)
 
 
-def _equal(whole: NDArray[Any], parts: NDArray[Any]) -> bool:
+def _equal(whole: NDArray[Any], parts: NDArray[Any], tolerance: float) -> bool:
+    """Whether every token of [B, T, ...] got the same numbers, but for rounding."""
     if whole.shape != parts.shape:
         return False
-    allowed = _TOLERANCE.get(str(whole.dtype), 0.05) * max(np.abs(whole).max(initial=0), 1e-30)
-    difference = np.abs(whole.astype(np.float64) - parts.astype(np.float64)).max(initial=0)
-    return bool(difference <= allowed)
+    size, difference = _size(whole).max(initial=0), _size(whole.astype(np.float64) - parts)
+    return bool((difference <= tolerance * max(size, 1e-30)).all())
 
 
-def _culprit(model: Any, ids: NDArray[Any]) -> str:
+def _size(x: NDArray[Any]) -> NDArray[np.float64]:
+    """Root mean square of each token's numbers: [B, T, ...] -> [B, T]."""
+    result: NDArray[np.float64] = np.sqrt(np.square(x, dtype=np.float64).reshape(*x.shape[:2], -1).mean(axis=-1))
+    return result
+
+
+def _culprit(model: Any, ids: NDArray[Any], tolerance: float) -> str:
     """The innermost layer that gets the same and gives something else, else the model."""
     with _recorded(list(model._flatten_layers(include_self=False))) as calls:
         _whole(model, ids)
@@ -124,18 +137,22 @@ def _culprit(model: Any, ids: NDArray[Any]) -> str:
         number = seen[id(call.layer)] = seen.get(id(call.layer), -1) + 1
         own = [other for other in calls if other.layer is call.layer]
         pieces = own[number :: max(1, len(own) // len(_PARTS))]
-        if len(pieces) == len(_PARTS) and _differs(call, pieces):
+        if len(pieces) == len(_PARTS) and _differs(call, pieces, tolerance):
             return here(call.layer)
     return here(model)
 
 
-def _differs(whole: _Call, pieces: list[_Call]) -> bool:
-    """Whether equal inputs gave another output in pieces."""
+def _differs(whole: _Call, pieces: list[_Call], tolerance: float) -> bool:
+    """Whether equal inputs gave another output in pieces; inputs of other shapes in each piece are masks."""
     if any(len(piece.inputs) != len(whole.inputs) for piece in pieces):
         return False
-    together = [np.concatenate([piece.inputs[at] for piece in pieces], axis=1) for at in range(len(whole.inputs))]
     output = np.concatenate([piece.output for piece in pieces], axis=1)
-    return all(map(_equal, whole.inputs, together)) and not _equal(whole.output, output)
+    for at, expected in enumerate(whole.inputs):
+        parts = [piece.inputs[at] for piece in pieces]
+        alike = all(part.shape[2:] == expected.shape[2:] for part in parts)
+        if alike and not _equal(expected, np.concatenate(parts, axis=1), tolerance):
+            return False
+    return not _equal(whole.output, output, tolerance)
 
 
 @contextmanager

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import keras_hub
 import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
 
-__all__ = ["CAUSAL", "SEQ2SEQ", "VOCAB", "build", "loud"]
+__all__ = ["CAUSAL", "SEQ2SEQ", "VOCAB", "batch", "build", "loud", "own", "run", "whisper"]
 
 VOCAB = 61
 hub = keras_hub.models
@@ -101,6 +103,22 @@ SEQ2SEQ: dict[str, Callable[[], Any]] = {
 }
 
 
+def whisper(seed: int = 0) -> Any:
+    """The backbone: KerasHub has no Whisper that generates."""
+    keras.utils.set_random_seed(seed)
+    model = hub.WhisperBackbone(
+        vocabulary_size=VOCAB,
+        num_layers=2,
+        num_heads=4,
+        hidden_dim=16,
+        intermediate_dim=24,
+        num_mels=8,
+        max_encoder_sequence_length=32,
+        max_decoder_sequence_length=32,
+    )
+    return loud(model, seed)
+
+
 def build(family: str, seed: int = 0) -> Any:
     """A model of the family, the same for the same seed."""
     keras.utils.set_random_seed(seed)
@@ -116,3 +134,25 @@ def loud(model: Any, seed: int = 0) -> Any:
         if "seed" not in variable.path and "inv_freq" not in variable.path:
             variable.assign(random.normal(0, 0.4, variable.shape))
     return model
+
+
+def batch(lengths: Sequence[int] = (9, 7, 5), width: int = 15, seed: int = 1) -> dict[str, Any]:
+    """Ragged prompts [B, L] padded on the right; the second shares 4 tokens with the first."""
+    ids = np.random.default_rng(seed).integers(1, VOCAB, (len(lengths), width))
+    if len(lengths) > 1:
+        ids[1, :4] = ids[0, :4]
+    mask = np.arange(width) < np.array(lengths)[:, None]
+    return {"token_ids": tf.constant(np.where(mask, ids, 0), tf.int32), "padding_mask": tf.constant(mask)}
+
+
+def run(model: Any, inputs: dict[str, Any], stop: Sequence[int] | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The model's generation without its text processing: tokens and mask."""
+    result = model.make_generate_function()(dict(inputs), stop_token_ids=stop)
+    return np.asarray(result["token_ids"]), np.asarray(result["padding_mask"])
+
+
+def own(model: Any, inputs: dict[str, Any], stop: Sequence[int] | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
+    """KerasHub's own generation of a model, attached or not."""
+    result = type(model).make_generate_function(model)(dict(inputs), stop_token_ids=stop)
+    model.generate_function = None
+    return np.asarray(result["token_ids"]), np.asarray(result["padding_mask"])

@@ -7,12 +7,21 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kvcache_core import InvalidInput
+from kvcache_core import InvalidInput, UsageError
 from kvcache_keras import KVCache
-from kvcache_keras.hub import attach
-from tests.adapters.keras_hub.families import SEQ2SEQ, VOCAB, build
+from kvcache_keras.hub import attach, generate
+from tests.adapters.keras_hub.families import SEQ2SEQ, VOCAB, build, whisper
+from tests.supported import claimed, proven
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using a softmax over axis")
+
+
+TABLE = "Keras: KerasHub, encoder-decoder"
+MODES = {"greedy", "beam search", "small pool"}
+
+
+def test_the_table_claims_what_is_tested_here_and_no_more():
+    assert claimed(TABLE) == {(family, mode) for family in (*SEQ2SEQ, "Whisper") for mode in MODES}
 
 
 def batch(family, seed=0, lengths=(5, 3, 5), width=12):
@@ -56,7 +65,7 @@ def recompute(model, inputs):
     return tokens
 
 
-@pytest.mark.parametrize("family", SEQ2SEQ)
+@pytest.mark.parametrize("family", ["BART", pytest.param("Moonshine", marks=pytest.mark.slow)])
 def test_generate(family):
     model, first, second = build(family), batch(family), batch(family, seed=1)
     expected = [recompute(model, inputs) for inputs in (first, second)]
@@ -79,6 +88,74 @@ def test_generate(family):
     assert cache.stats().live_blocks == 0
     cache.detach()
     assert not any("call" in vars(layer) for layer in model._flatten_layers())
+    small = KVCache(size=11, block_size=4)
+    model.compile(sampler="greedy", run_eagerly=True)
+    attach(model, small)
+    for inputs, tokens in zip((first, second, first), (*expected, expected[0]), strict=True):
+        np.testing.assert_array_equal(run(model, inputs), tokens)
+    assert small.stats().evicted_blocks > 0
+    assert small.stats().bypassed_calls == 0
+    small.detach()
+    for mode in MODES:
+        proven(TABLE, family, mode)
+
+
+@pytest.mark.slow
+def test_whisper():
+    backbone, random = whisper(), np.random.default_rng(0)
+    features = random.normal(size=(3, 16, 8)).astype(np.float32)
+    features[2] = features[0]
+    given = np.arange(12) < np.array([5, 3, 5])[:, None]
+    ids = np.where(given, random.integers(1, VOCAB, (3, 12)), 0).astype(np.int32)
+    inputs = {"encoder_features": features, "decoder_token_ids": ids, "decoder_padding_mask": given}
+
+    def logits(tokens):
+        parts = {
+            "encoder_features": features,
+            "decoder_token_ids": tokens,
+            "decoder_padding_mask": np.ones_like(tokens),
+        }
+        hidden = backbone({name: tf.constant(part) for name, part in parts.items()})["decoder_sequence_output"]
+        return backbone.token_embedding(hidden, reverse=True)
+
+    expected = ids.copy()
+    for column in range(3, 12):
+        expected[:, column] = np.where(
+            given[:, column], expected[:, column], np.argmax(logits(expected[:, :column])[:, -1], -1)
+        )
+    for size in (64, 11):
+        cache = KVCache(size=size, block_size=4)
+        attach(backbone, cache)
+        for _ in range(2):
+            np.testing.assert_array_equal(generate(backbone, inputs)["decoder_token_ids"], expected)
+        stop = int(expected[0, 7])
+        mask = np.asarray(generate(backbone, inputs, stop_token_ids=[stop])["decoder_padding_mask"])
+        first = 5 + expected[0, 5:].tolist().index(stop)
+        assert mask[0].tolist() == [True] * (first + 1) + [False] * (11 - first)
+        if size == 64:
+            assert cache.stats().hit_tokens > 0
+            beams = np.asarray(generate(backbone, inputs, sampler="beam")["decoder_token_ids"])
+        cache.detach()
+    with pytest.raises(UsageError, match="not attached"):
+        generate(backbone, inputs)
+    np.testing.assert_array_equal(beams, _beam_search(logits, ids, given, 5))
+    for mode in MODES:
+        proven(TABLE, "Whisper", mode)
+
+
+def _beam_search(logits, ids, given, beams):
+    """KerasHub's own beam search with no cache at all."""
+    sampler = keras_hub.samplers.BeamSampler(num_beams=beams)
+    width = ids.shape[1]
+
+    def following(prompt, cache, index):
+        # Rows lie as row * beams + beam; the encoder's input is the row's.
+        tokens = np.asarray(prompt)[:, : int(index)]
+        found = np.concatenate([np.asarray(logits(tokens[at::beams]))[:, -1:] for at in range(beams)], axis=1)
+        return tf.constant(found.reshape(-1, found.shape[-1])), None, ()
+
+    assert width > given.sum(1).min()
+    return np.asarray(sampler(following, tf.constant(ids), cache=(), index=given.sum(1).min(), mask=tf.constant(given)))
 
 
 def test_the_same_prompt_behind_another_input_is_not_found():
