@@ -35,7 +35,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("cache",),
     ("store",),
     ("tiers",),
-    ("demotion",),
+    ("tier_disk", "tier_valkey"),
+    ("demotion", "tier_contract"),
     ("tiering",),
     ("attention",),
     ("sampling",),
@@ -61,6 +62,8 @@ TYPE_ONLY: dict[tuple[str, str], str] = {
 # Modules that need an extra. No other module may import them, so nobody pays for what they did not ask for.
 OPTIONAL: dict[str, frozenset[str]] = {
     "cli": frozenset({"typer", "rich"}),
+    "tier_disk": frozenset({"lmdb"}),
+    "tier_valkey": frozenset({"valkey"}),
 }
 
 
