@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 
 from kvcache_core.activation import ActivationSite, Bypassed
 from kvcache_core.admission import Admission, admission
+from kvcache_core.blockformat import secret_from_environment
 from kvcache_core.cache import BlockCache
-from kvcache_core.errors import CacheFull, InvalidInput, InvalidType, KVCacheWarning, UsageError
+from kvcache_core.errors import CacheFull, InvalidInput, InvalidType, KVCacheWarning, StaleSequence, UsageError
 from kvcache_core.identity import named_identity, weights_identity
 from kvcache_core.layout import BlockLayout, LayerSpec
 from kvcache_core.plan import StepPlan
+from kvcache_core.saving import load_sequence, save_sequence
 from kvcache_core.sequence import Sequence as CachedSequence
 from kvcache_core.sites import Sites
 from kvcache_core.sizes import parse_memory
@@ -409,6 +411,8 @@ class FrontendCache(Stepping):
             core = BlockCache(int(num_blocks or 0), layout=layout, namespace=namespace)
             if self._tiers is not None:
                 self._tiers.bind(core, self._store)
+            myself = weakref.ref(self)
+            core.saver = lambda seq, path: myself()._save(seq, path)  # type: ignore[union-attr]
             self._core = core
 
     def _blocks_in(self, layout: BlockLayout, memory: int | None = None) -> int:
@@ -654,6 +658,29 @@ class FrontendCache(Stepping):
         self._closer.detach()
         tiers, self._tiers = self._tiers, None
         return tiers.close(timeout)
+
+    def load(self, path: str | os.PathLike[str]) -> CachedSequence:
+        """The sequence that ``sequence.save(path)`` wrote, in this framework or the other one.
+
+        Raises:
+            BlockRefused: the file is damaged, or of other weights, another layout or another salt.
+            CacheFull: no room; nothing was changed.
+        """
+        self.refresh()
+        return load_sequence(
+            self.core,
+            self.store,
+            path,
+            weights=self._portable_identity(),
+            salt=self.salt,
+            secret=secret_from_environment(),
+        )
+
+    def _save(self, seq: CachedSequence, path: str | os.PathLike[str]) -> None:
+        if seq.namespace != self.core.namespace:
+            raise StaleSequence(f"cannot save {seq!r}: the weights changed since it was opened")
+        weights = self._portable_identity()
+        save_sequence(self.core, self.store, seq, path, weights=weights, secret=secret_from_environment())
 
     def tier_stats(self) -> list[TierStats]:
         """What each tier has done for this cache, nearest first."""
