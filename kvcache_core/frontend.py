@@ -284,6 +284,7 @@ class FrontendCache(Stepping):
             # Another model, or another layout: what is stored does not fit it.
             self._core = self._store = self.spec = None
         self._served = weakref.ref(model)
+        self._identified = None
         self.model, self.outputs, self.identity = model, outputs, identity
         self._kind, self._site_options = kind or ("tokens" if self._core is not None else None), options
         return model
@@ -447,11 +448,15 @@ class FrontendCache(Stepping):
 
     def _portable_identity(self) -> bytes:
         """The weights' identity for other processes; computed again only after a change was noticed."""
-        name = self.identity
-        mark = self._epoch + (self._fingerprint(self.model) if name is None else b"name " + name.encode())
+        mark = self._epoch + self._fingerprint(self.model)
         known = self._identified
         if known is None or known[0] != mark:
-            weights = weights_identity(self._parameters(self.model)) if name is None else named_identity(name)
+            if self.identity is None:
+                weights = weights_identity(self._parameters(self.model))
+            else:
+                # The name was given for the weights as they were: changed ones are nobody's but this process's.
+                changed = "" if known is None else os.urandom(16).hex()
+                weights = named_identity(self.identity + changed)
             known = self._identified = (mark, weights)
         return known[1]
 
