@@ -87,7 +87,7 @@ def test_weights_can_be_named_by_hand():
     model = Small().eval()
     found = []
     for identity in ("small@1", "small@1", "small@2"):
-        cache = kvcache_torch.KVCache(8, block_size=4, tiers=[tier], promote="always")
+        cache = kvcache_torch.KVCache(5, block_size=4, tiers=[tier], promote="always")
         cache.attach(model, outputs="last", identity=identity)
         for start in range(3):
             seq = cache.open(list(range(start, start + 17)))
