@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcache_core.entries import EntryCache, EntryLookup
-from kvcache_core.errors import InvalidType
+from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.keys import KEY_BYTES
 from kvcache_core.tree import Tree, flatten
 
@@ -218,12 +218,32 @@ class ActivationSite(ABC):
             raise Bypassed(f"an input cannot be hashed: {error}") from error
         if not count:
             raise Bypassed("the input has no samples: no tensor with a first dimension of at least 1", expected=True)
+        keys = self.keys(tree, is_split, [leaf.dtype for leaf in leaves], arrays, mode)
+        return Samples(count, tree, leaves, is_split, keys)
+
+    def keys(
+        self,
+        tree: Tree,
+        is_split: Sequence[bool],
+        dtypes: Sequence[Any],
+        arrays: Sequence[NDArray[Any]],
+        mode: bytes,
+    ) -> list[bytes]:
+        """One key per sample of the inputs' arrays.
+
+        Raises:
+            InvalidInput: arrays that should have a row per sample have different numbers of rows.
+        """
         split = [array for array, mine in zip(arrays, is_split, strict=True) if mine]
         whole = [array for array, mine in zip(arrays, is_split, strict=True) if not mine]
-        dtypes = ",".join(str(leaf.dtype) for leaf in leaves).encode()
-        fields = (self.namespace(), mode, bytes(is_split), dtypes, tree.encode())
+        counts = [len(array) for array in split]
+        if len(set(counts)) > 1:
+            raise InvalidInput(
+                f"every split input needs a row per sample, got {counts} rows; name the others in shared="
+            )
+        fields = (self.namespace(), mode, bytes(is_split), ",".join(map(str, dtypes)).encode(), tree.encode())
         prefix = b"".join(struct.pack("<Q", len(field)) + field for field in fields)
-        return Samples(count, tree, leaves, is_split, sample_keys(prefix, split, whole, count))
+        return sample_keys(prefix, split, whole, counts[0])
 
     def _which_split(self, args: Any, kwargs: Any, arrays: Sequence[NDArray[Any]]) -> tuple[list[bool], int]:
         """Per tensor, whether its rows are the samples'; and how many samples there are."""

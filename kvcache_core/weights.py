@@ -82,6 +82,10 @@ class ContentSample:
             part.changed()
         return True
 
+    def digest(self) -> bytes:
+        """16 bytes that stand for the elements that later looks compare with."""
+        return digest_of([seen for part in self._phases for seen in part.seen])
+
 
 class _Part:
     """Elements that are compared together, one array per element size."""
@@ -89,14 +93,14 @@ class _Part:
     def __init__(self, views: Sequence[NDArray[Any]]) -> None:
         sizes = sorted({view.dtype.itemsize for view in views})
         self._views = [[view for view in views if view.dtype.itemsize == size] for size in sizes]
-        self._seen = [np.concatenate(group) for group in self._views]
-        self._now = [seen.copy() for seen in self._seen]
+        self.seen = [np.concatenate(group) for group in self._views]
+        self._now = [seen.copy() for seen in self.seen]
 
     def changed(self) -> bool:
         different = False
         for at, group in enumerate(self._views):
             np.concatenate(group, out=self._now[at])
-            if not np.array_equal(self._now[at], self._seen[at]):
+            if not np.array_equal(self._now[at], self.seen[at]):
                 different = True
-                self._now[at], self._seen[at] = self._seen[at], self._now[at]
+                self._now[at], self.seen[at] = self.seen[at], self._now[at]
         return different

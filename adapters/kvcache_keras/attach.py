@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kvcache_core.errors import UsageError
 from kvcache_core.frontend import Call
+from kvcache_keras import activation
 from kvcache_keras.context import local, not_recording, recording
 from kvcache_keras.runner import last_of, place
 from kvcache_keras.step import pack, signature
@@ -42,6 +43,7 @@ class AttachedCall:
         self._signature = model._call_signature
         self._own = set(self._signature.parameters)
         self._supports_masking = model.supports_masking
+        self._supports_jit = model.supports_jit
 
     def install(self) -> None:
         """Put this in the place of ``model.call``, which then also takes lengths and masks."""
@@ -50,9 +52,17 @@ class AttachedCall:
         self.model._call_signature = _with_row_arguments(self._signature)
         # Else Keras warns that a mask is lost, which this serves.
         self.model.supports_masking = True
+        # XLA cannot ask the host what is cached; `compile` looks here.
+        self.model.supports_jit = False
+
+    def take_samples(self) -> None:
+        """The model's results are kept per sample: it keeps its own arguments and masks."""
+        self.model._call_signature = self._signature
+        self.model.supports_masking = self._supports_masking
 
     def uninstall(self) -> None:
         """Give the model its own ``call`` back."""
+        self.model.supports_jit = self._supports_jit
         if self._before is None:
             del vars(self.model)["call"]
         else:
@@ -68,6 +78,10 @@ class AttachedCall:
                 kwargs.pop(name, None)
         if local.step is not None or (local.cache is not self.cache and not added.keys() - self._own):
             return self.original(*args, **kwargs)
+        if local.cache is self.cache:
+            site = self.cache.site_of(self.model, _looks_like_ids(args, kwargs))
+            if site is not None:
+                return activation.call(self.cache, site, self.original, args, kwargs)
         return self._transparent(args, kwargs, added)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -283,6 +297,14 @@ def _without_gradient(y: _Tensor) -> Any:
         )
 
     return tf.identity(y), gradient
+
+
+def _looks_like_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call is one of a token model: integer ids [B, T], and at most what says which are padding."""
+    others = {name for name, value in kwargs.items() if value is not None} - {*_ROW_ARGUMENTS, "training"}
+    return (
+        len(args) == 1 and not others and tf.is_tensor(args[0]) and args[0].dtype.is_integer and args[0].shape.rank == 2
+    )
 
 
 def _reason_to_bypass(training: Any) -> str | None:

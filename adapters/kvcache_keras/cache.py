@@ -12,10 +12,11 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from kvcache_core.errors import InvalidInput, InvalidType
+from kvcache_core.errors import InvalidInput, InvalidType, KVCacheError
 from kvcache_core.frontend import FrontendCache, ModelSpec
 from kvcache_core.layout import BlockLayout
 from kvcache_core.plan import StepPlan
+from kvcache_keras.activation import Site
 from kvcache_keras.attach import AttachedCall
 from kvcache_keras.context import local, not_recording, outside, stepping
 from kvcache_keras.fingerprint import Fingerprint
@@ -89,9 +90,14 @@ class KVCache(FrontendCache):
         with tf.init_scope(), not_recording():
             build(model)
             recorder = Recorder(masks_zero=self.masks_zero)
-            self.saw_attention = True
-            with stepping(recorder):
-                output = run_model(model, tf.zeros((1, 1), tf.int32))
+            try:
+                with stepping(recorder):
+                    output = run_model(model, tf.zeros((1, 1), tf.int32))
+            except KVCacheError:  # `attention`, `positions` or a layer of Keras's own refused
+                self.saw_attention = True
+                raise
+            finally:
+                self.saw_attention |= bool(recorder.layers)
         if not tf.is_tensor(output) or output.shape[:2] != (1, 1):
             found = tuple(output.shape) if tf.is_tensor(output) else type(output).__name__
             raise InvalidInput(f"a token model must map ids [B, T] to a tensor [B, T, ...], got {found} for [1, 1]")
@@ -108,7 +114,14 @@ class KVCache(FrontendCache):
         )
 
     def _has_embedding(self, model: Any) -> bool:
-        return True
+        layers = model._flatten_layers() if hasattr(model, "_flatten_layers") else []
+        if not model.built and any(isinstance(layer, keras.layers.Flatten) for layer in layers):
+            return False  # its first call decides its shapes: one token would be the wrong one
+        return any(isinstance(layer, keras.layers.Embedding) for layer in layers)
+
+    def _new_site(self, module: Any, **options: Any) -> Site:
+        vars(module)["call"].take_samples()
+        return Site(self, module, **options)
 
     def _new_store(self, layout: BlockLayout, num_blocks: int) -> TensorStore:
         return TensorStore(layout, num_blocks)
@@ -129,7 +142,7 @@ class KVCache(FrontendCache):
     def weights_of(self, model: Any) -> Fingerprint:
         """What notices that the model's weights change."""
         if self._weights is None or not self._weights.is_of(model):
-            self._weights = Fingerprint(model)
+            self._weights = Fingerprint(model, self.verify)
         return self._weights
 
     def _install(self, model: Any) -> None:
@@ -138,6 +151,11 @@ class KVCache(FrontendCache):
         self._routes, call = Routes(model), AttachedCall(self, model)
         call.install()
         self._undo = [self._routes.uninstall, call.uninstall]
+
+    def _install_part(self, model: Any) -> None:
+        if not isinstance(model, keras.layers.Layer):
+            raise InvalidType(f"kvcache_keras attaches a Keras model or layer, got {type(model).__name__}")
+        AttachedCall(self, model).install()
 
     @property
     def masks_zero(self) -> bool:
@@ -149,6 +167,9 @@ class KVCache(FrontendCache):
         self._undo.append(undo)
 
     def _uninstall(self, model: Any) -> None:
+        if model is not self.model or not self._undo:
+            vars(model)["call"].uninstall()
+            return
         self._runner = self._weights = None
         while self._undo:
             self._undo.pop()()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+from kvcache_core.weights import digest_of
 
 __all__ = ["Fingerprint"]
 
@@ -23,7 +26,8 @@ class Fingerprint:
     elements of a large weight can be missed: ``cache.invalidate()`` says so by hand.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, verify: str = "sample") -> None:
+        self._verify = verify
         self._variables = _variables_of(model)
         by_dtype: dict[Any, list[tf.Variable]] = {}
         for variable in self._variables:
@@ -31,6 +35,10 @@ class Fingerprint:
         groups = [[(variable, _places(variable.shape.as_list())) for variable in group] for group in by_dtype.values()]
 
         def sample() -> list[_Tensor]:
+            if verify == "never":
+                return []
+            if verify == "full":
+                return [variable.value() for variable in self._variables]
             return [
                 tf.concat(
                     [tf.reshape(_look(variable, places), (-1,)) for variable, places in group],
@@ -49,9 +57,15 @@ class Fingerprint:
         return len(found) == len(self._variables) and all(map(_same, found, self._variables))
 
     def digest(self) -> bytes:
-        """The samples now."""
+        """What the samples are now."""
         with tf.init_scope():
-            return b"".join(part.numpy().tobytes() for part in self.sample())
+            return self.digest_of_samples([part.numpy() for part in self.sample()])
+
+    def digest_of_samples(self, samples: Sequence[np.ndarray[Any, Any]]) -> bytes:
+        """The same for samples that a graph has taken."""
+        if self._verify == "full":
+            return digest_of([np.ascontiguousarray(part) for part in samples])
+        return b"".join(part.tobytes() for part in samples)
 
 
 def _variables_of(model: Any) -> list[tf.Variable]:

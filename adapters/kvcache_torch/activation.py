@@ -71,12 +71,15 @@ class Site(ActivationSite):
         """The next call looks at the content of the weights, too."""
         self._entered = True
 
-    def namespace(self) -> bytes:
-        """What stands for the weights as they are now, the module, the salt."""
+    def look(self) -> None:
+        """Notice changed weights: by their content, too, in the first call of a ``with cache:``."""
         changed = self._weights.look() if self._entered else self._weights.quick_look()
+        self._entered = False
         if changed:
             self._modules = list(self.module.modules())
-        self._entered = False
+
+    def namespace(self) -> bytes:
+        """What stands for the weights as they are now, the module, the salt."""
         fields = (self._weights.value, self._number, self._identity, self._cache.salt, self._cache.epoch)
         return b"".join(len(field).to_bytes(4, "little") + field for field in fields)
 
@@ -130,6 +133,7 @@ class Site(ActivationSite):
 
 def call(cache: KVCache, site: Site, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """The attached module inside ``with cache:``."""
+    site.look()
     try:
         reason = site.reason_to_bypass(args, kwargs)
     except InvalidType as error:

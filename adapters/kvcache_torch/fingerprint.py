@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import weakref
+from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from kvcache_core.weights import ContentSample, digest_of
 
-__all__ = ["Fingerprint"]
+__all__ = ["Fingerprint", "Parked"]
 
 _numbers = itertools.count(1)
 
@@ -26,12 +28,15 @@ class Fingerprint:
     Args:
         module: the module.
         verify: ``"sample"``, ``"full"`` (every byte is hashed at every look), or ``"never"``.
+        parked: what an earlier fingerprint left: if it finds the same, it goes on from there.
     """
 
-    def __init__(self, module: nn.Module, verify: str) -> None:
+    def __init__(self, module: nn.Module, verify: str, parked: Parked | None = None) -> None:
         self.module = module
         self.verify = verify
         self._collect()
+        if parked is not None and parked.same(self.park()):
+            self._value = parked.value
 
     @property
     def value(self) -> bytes:
@@ -57,6 +62,7 @@ class Fingerprint:
             if not self._same_tensors():
                 self._collect()
             else:
+                self._versions = [tensor._version for tensor in self._counted]
                 self._value = self._digest()
             return self._value != before
         if self.quick_look():
@@ -65,6 +71,16 @@ class Fingerprint:
             self._renumber()
             return True
         return False
+
+    def counters_moved(self) -> bool:
+        """Whether a tensor that is known was changed in place; looks at nothing else."""
+        return self.verify != "never" and self._versions != [tensor._version for tensor in self._counted]
+
+    def park(self) -> Parked:
+        """The state without holding the module or its memory."""
+        seen = b"" if self._sample is None else self._sample.digest()
+        references = [weakref.ref(tensor) for tensor in self._tensors]
+        return Parked(self._value, references, self._places, self._versions, seen)
 
     def quick_look(self) -> bool:
         """As :meth:`look`, without reading any content."""
@@ -120,6 +136,25 @@ class Fingerprint:
         return _Samples(samples)
 
 
+@dataclass(frozen=True)
+class Parked:
+    """A state that a fingerprint found, by weak references."""
+
+    value: bytes
+    tensors: list[weakref.ref[Tensor]]
+    places: list[int]
+    versions: list[int]
+    seen: bytes
+
+    def same(self, other: Parked) -> bool:
+        """Whether it is the state of the same tensors, and nothing has changed them in between."""
+        return (
+            len(self.tensors) == len(other.tensors)
+            and all(one() is two() for one, two in zip(self.tensors, other.tensors, strict=True))
+            and (self.places, self.versions, self.seen) == (other.places, other.versions, other.seen)
+        )
+
+
 class _Samples:
     """Several samples looked at together."""
 
@@ -129,6 +164,9 @@ class _Samples:
     def changed(self) -> bool:
         found = [sample.changed() for sample in self._samples]  # each must look
         return any(found)
+
+    def digest(self) -> bytes:
+        return b"".join(sample.digest() for sample in self._samples)
 
 
 class _DeviceSample:
@@ -143,6 +181,9 @@ class _DeviceSample:
         different = any(not torch.equal(one, other) for one, other in zip(now, self._seen, strict=True))
         self._seen = now
         return different
+
+    def digest(self) -> bytes:
+        return b"".join(part.cpu().view(torch.uint8).numpy().tobytes() for part in self._seen)
 
     def _read(self) -> list[Tensor]:
         by_kind: dict[Any, list[Tensor]] = {}

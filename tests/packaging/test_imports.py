@@ -19,7 +19,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("types",),
     ("keys", "stats", "admission", "tree", "weights"),
     ("inputs", "layout"),
-    ("blockformat", "statefile"),
+    ("blockformat",),
     ("runs", "nodes"),
     ("pool", "prefix"),
     ("entries",),
@@ -34,10 +34,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("transaction",),
     ("cache",),
     ("store",),
-    ("saving",),
     ("tiers",),
-    ("tier_disk", "tier_valkey"),
-    ("demotion", "tier_contract"),
+    ("demotion",),
     ("tiering",),
     ("attention",),
     ("sampling",),
@@ -63,8 +61,6 @@ TYPE_ONLY: dict[tuple[str, str], str] = {
 # Modules that need an extra. No other module may import them, so nobody pays for what they did not ask for.
 OPTIONAL: dict[str, frozenset[str]] = {
     "cli": frozenset({"typer", "rich"}),
-    "tier_disk": frozenset({"lmdb"}),
-    "tier_valkey": frozenset({"valkey"}),
 }
 
 

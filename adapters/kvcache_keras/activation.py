@@ -1,0 +1,260 @@
+"""A layer's results, kept per sample: eager, and in graphs of the user's own."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.eager import record
+
+from kvcache_core.activation import ActivationSite, Bypassed
+from kvcache_core.entries import EntryLookup
+from kvcache_core.errors import InvalidInput, InvalidType
+from kvcache_core.tree import Tree, flatten
+from kvcache_keras.context import not_recording, recording
+from kvcache_keras.fingerprint import Fingerprint
+
+if TYPE_CHECKING:
+    from kvcache_keras.cache import KVCache
+
+__all__ = ["Site", "call"]
+
+_Tensor = Any
+_PENDING_AT_MOST = 256
+"""Looked-up calls whose graph never came back (it raised) are forgotten beyond this number."""
+
+
+class Site(ActivationSite):
+    """One attached layer or model."""
+
+    def __init__(self, cache: KVCache, module: Any, *, identity: str | None, **options: Any) -> None:
+        super().__init__(cache.sites.entries, module, **options)
+        self._cache = cache
+        self._identity = (identity or "").encode()
+        self._number = cache.sites.number(module).to_bytes(8, "little")
+        self._weights: Fingerprint | None = None
+        self._taken: list[Any] | None = None
+        self.pending: OrderedDict[int, EntryLookup] = OrderedDict()
+        self._numbers = itertools.count(1)
+
+    # ---- tensors -------------------------------------------------------------------------------
+
+    def is_tensor(self, value: Any) -> bool:
+        """Whether it is a tensor or a numpy array."""
+        return isinstance(value, np.ndarray) or tf.is_tensor(value)
+
+    def array(self, tensor: _Tensor) -> np.ndarray[Any, Any]:
+        """The tensor as numpy."""
+        check_dense(tensor)
+        array = tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
+        return np.ascontiguousarray(array).reshape(tensor.shape)
+
+    def take(self, tensor: _Tensor, rows: Sequence[int]) -> _Tensor:
+        """Rows of a tensor [B, ...]."""
+        return tensor[rows] if isinstance(tensor, np.ndarray) else tf.gather(tensor, np.asarray(rows, np.int32))
+
+    def copies(self, tensor: _Tensor) -> list[tuple[_Tensor, int]]:
+        """Each row as an array of its own (a view would keep its whole batch in memory), and its bytes."""
+        return [(np.array(row), row.nbytes) for row in np.asarray(tensor)]
+
+    def stack(self, rows: Sequence[_Tensor]) -> _Tensor:
+        """Rows as one new tensor [B, ...]."""
+        return tf.convert_to_tensor(np.stack(rows))
+
+    # ---- what the result depends on ------------------------------------------------------------
+
+    @property
+    def weights(self) -> Fingerprint:
+        """What notices changed weights."""
+        if self._weights is None or not self._weights.is_of(self.module):
+            self._weights = Fingerprint(self.module, self._cache.verify)
+        return self._weights
+
+    def namespace(self) -> bytes:
+        """What stands for the weights as they are now, the module, the salt."""
+        weights = self.weights
+        state = weights.digest() if self._taken is None else weights.digest_of_samples(self._taken)
+        fields = (state, self._number, self._identity, self._cache.salt, self._cache.epoch)
+        return b"".join(len(field).to_bytes(4, "little") + field for field in fields)
+
+    def mode(self) -> bytes:
+        """How the module computes is among its arguments (``training``)."""
+        return b""
+
+    def reason_to_bypass(self, leaves: Sequence[_Tensor], training: Any) -> str | None:
+        """Why a call must be computed as outside, or None."""
+        if recording():
+            if record.should_record_backprop([leaf for leaf in leaves if tf.is_tensor(leaf)]):
+                return "an input needs gradients"
+            if self.module.trainable_variables:
+                return "the module is being trained; set trainable=False to use the cache"
+        if tf.is_tensor(training):
+            return "training is a tensor"
+        if training and self.module.trainable_variables:
+            return "the module is called with training=True and is not frozen"
+        layers = self.module._flatten_layers()
+        if any(layer._seed_generators and (training or not _is_kerass_own(layer)) for layer in layers):
+            return "the module draws random numbers"
+        return None
+
+    def compute(
+        self, original: Callable[..., Any], args: Any, kwargs: Any, leaves: Sequence[_Tensor]
+    ) -> tuple[Any, str]:
+        """Run the module; its result is nothing that a gradient flows through."""
+        before = (
+            [variable.numpy() for variable in self.module.non_trainable_variables] if kwargs.get("training") else []
+        )
+        with not_recording():
+            output = original(*args, **kwargs)
+        if any(
+            not np.array_equal(one, two.numpy())
+            for one, two in zip(before, self.module.non_trainable_variables, strict=False)
+        ):
+            return output, "the module changed its own weights while it computed"
+        return output, ""
+
+    # ---- a graph's two host calls --------------------------------------------------------------
+
+    def begin(
+        self, tree: Tree, split: Sequence[bool], dtypes: Sequence[Any], arrays: Sequence[Any], samples: Sequence[Any]
+    ) -> tuple[int, list[int]]:
+        """Look up a running graph's samples; returns the call's number and the samples to compute."""
+        self._taken = list(samples)
+        try:
+            keys = self.keys(tree, split, [tf.as_dtype(dtype) for dtype in dtypes], arrays, self.mode())
+        finally:
+            self._taken = None
+        lookup = self.entries.look_up(keys)
+        number = next(self._numbers)
+        self.pending[number] = lookup
+        while len(self.pending) > _PENDING_AT_MOST:
+            self.pending.popitem(last=False)
+        return number, lookup.compute
+
+    def finish(self, number: int, outputs: Sequence[Any]) -> list[Any]:
+        """Keep what a graph computed, its arrays [computed, ...], and give the whole result [B, ...]."""
+        lookup = self.pending.pop(number)
+        computed = []
+        if lookup.compute:
+            columns = [self.copies(output) for output in outputs]
+            computed = [[row for row, _ in rows] for rows in zip(*columns, strict=True)]
+            sizes = [sum(size for _, size in rows) for rows in zip(*columns, strict=True)]
+            self.entries.keep(lookup, computed, sizes)
+        payloads = [
+            computed[lookup.sources[sample]] if sample in lookup.sources else found
+            for sample, found in enumerate(lookup.found)
+        ]
+        columns_out = list(zip(*payloads, strict=True))
+        if any(row.shape != column[0].shape for column in columns_out for row in column):
+            raise InvalidInput("the module's output shape depends on the other samples of its batch; do not attach it")
+        return [np.stack(column) for column in columns_out]
+
+
+def call(cache: KVCache, site: Site, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The attached layer inside ``with cache:``."""
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    if kwargs.get("training") is False:
+        del kwargs["training"]  # the same as nothing
+    try:
+        leaves, tree = flatten((args, kwargs), site.is_tensor)
+        for leaf in leaves:
+            check_dense(leaf)
+        reason = site.reason_to_bypass(leaves, kwargs.get("training"))
+    except InvalidType as error:
+        cache.bypass(0, f"an input cannot be hashed: {error}")
+        return original(*args, **kwargs)
+    if reason is not None:
+        cache.bypass(0, reason, warn=False)
+        return original(*args, **kwargs)
+    if tf.executing_eagerly():
+        result, served = cache.serve(site, original, args, kwargs)
+        return result if served or result is not None else original(*args, **kwargs)
+    try:
+        return _graph_call(site, original, leaves, tree)
+    except Bypassed as bypassed:
+        cache.bypass(0, bypassed.reason, warn=not bypassed.expected)
+        return original(*args, **kwargs)
+
+
+def _graph_call(site: Site, original: Callable[..., Any], leaves: Sequence[_Tensor], tree: Tree) -> Any:
+    """Decide while the graph runs which samples are computed."""
+    if site.side_effects:
+        raise Bypassed("the module was attached with side_effects=True", expected=True)
+    leaves = [tf.convert_to_tensor(leaf) for leaf in leaves]
+    args, kwargs = tree.rebuild(leaves)
+    split = _which_split(site, args, kwargs, leaves)
+    dtypes = [leaf.dtype.name for leaf in leaves]
+    samples = site.weights.sample()
+
+    def begin(*arrays: Any) -> list[Any]:
+        number, compute = site.begin(tree, split, dtypes, arrays[: len(leaves)], arrays[len(leaves) :])
+        return [np.int64(number), np.array(compute, np.int32)]
+
+    number, rows = tf.numpy_function(begin, [*leaves, *samples], [tf.int64, tf.int32])
+    number.set_shape([])
+    rows.set_shape([None])
+    found: list[Any] = []
+
+    def compute() -> list[_Tensor]:
+        some = [tf.gather(leaf, rows) if mine else leaf for leaf, mine in zip(leaves, split, strict=True)]
+        for leaf, part in zip(leaves, some, strict=True):
+            part.set_shape([None if leaf is not part else part.shape[0], *leaf.shape[1:]] if leaf.shape.rank else [])
+        args, kwargs = tree.rebuild(some)
+        with not_recording():
+            outputs, shape = flatten(original(*args, **kwargs), site.is_tensor)
+        if not outputs or any(not output.shape.rank for output in outputs):
+            raise Bypassed(f"the output has no row per sample (its shapes are {[o.shape for o in outputs]})")
+        found[:] = [shape, [output.dtype for output in outputs], [output.shape for output in outputs]]
+        return outputs
+
+    def nothing() -> list[_Tensor]:
+        _, types_, shapes = found
+        return [
+            tf.zeros([0, *(size or 0 for size in shape[1:])], dtype)
+            for dtype, shape in zip(types_, shapes, strict=True)
+        ]
+
+    computed = tf.nest.flatten(tf.cond(tf.size(rows) > 0, compute, nothing))
+    shape, types_, shapes = found
+
+    def finish(number: Any, *outputs: Any) -> list[Any]:
+        return site.finish(int(number), outputs)
+
+    results = tf.nest.flatten(tf.numpy_function(finish, [number, *computed], types_))
+    batch = next((leaf.shape[0] for leaf, mine in zip(leaves, split, strict=True) if mine), None)
+    for result, known in zip(results, shapes, strict=True):
+        result.set_shape([batch, *known[1:]])
+    return shape.rebuild([tf.stop_gradient(result) for result in results])
+
+
+def _which_split(site: Site, args: Any, kwargs: Any, leaves: Sequence[_Tensor]) -> list[bool]:
+    """Per tensor, whether its rows are the samples'. An open first dimension counts as the batch's."""
+    declared = [False] * len(flatten(args, site.is_tensor)[0])
+    for name, value in kwargs.items():
+        declared += [name in site.shared] * len(flatten(value, site.is_tensor)[0])
+    sizes = [leaf.shape[0] if leaf.shape.rank else 0 for leaf in leaves]
+    batch = next((size for size, shared in zip(sizes, declared, strict=True) if size != 0 and not shared), 0)
+    if batch == 0:
+        raise Bypassed("the input has no samples: no tensor with a first dimension of at least 1", expected=True)
+    return [
+        size != 0 and not shared and (size == batch or size is None or batch is None)
+        for size, shared in zip(sizes, declared, strict=True)
+    ]
+
+
+def check_dense(tensor: _Tensor) -> None:
+    """Raise InvalidType for a tensor that has no rows of equal size, or no numbers."""
+    if isinstance(tensor, tf.RaggedTensor | tf.SparseTensor) or getattr(tensor, "dtype", None) in (
+        tf.string,
+        tf.variant,
+    ):
+        raise InvalidType(f"a tensor must be dense numbers to be split into samples, got {type(tensor).__name__}")
+
+
+def _is_kerass_own(layer: Any) -> bool:
+    """Whether Keras wrote the layer: those draw random numbers in training only."""
+    return type(layer).__module__.startswith(("keras.", "keras_hub."))
