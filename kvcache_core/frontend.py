@@ -510,8 +510,10 @@ class FrontendCache(Stepping):
             self._tiers.computed(int(plan.counts.sum()), int(plan.counts.max()), seconds)
 
     @contextmanager
-    def call(self, rows: Sequence[TokenIds]) -> Iterator[Call | None]:
+    def call(self, rows: Sequence[TokenIds], extra_keys: Sequence[bytes] | None = None) -> Iterator[Call | None]:
         """One ``model(x)``: open every row, plan what is missing, and publish it when the block ends.
+
+        ``extra_keys``: per row, what besides the token ids its state depends on.
 
         Yields None when there is no room: the caller then computes as outside.
         """
@@ -519,7 +521,9 @@ class FrontendCache(Stepping):
         outputs = self.outputs == "all"
         seqs: list[CachedSequence] = []
         try:
-            seqs.extend(self._open(row, outputs=outputs) for row in rows)
+            for at, row in enumerate(rows):
+                extra = None if extra_keys is None else {0: extra_keys[at]}
+                seqs.append(self._open(row, outputs=outputs, extra_keys=extra))
             lengths = [len(row) for row in rows]
             try:
                 plan = core.plan(seqs, [row[seq.num_cached :] for row, seq in zip(rows, seqs, strict=True)])

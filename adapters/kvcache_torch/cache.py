@@ -15,11 +15,14 @@ from kvcache_core.errors import InvalidType, KVCacheWarning
 from kvcache_core.frontend import Call, FrontendCache, ModelSpec
 from kvcache_core.layout import BlockLayout
 from kvcache_core.plan import StepPlan
+from kvcache_core.sequence import Sequence as CachedSequence
+from kvcache_core.types import TokenIds
 from kvcache_torch.activation import Site
 from kvcache_torch.compiled import compiler_works
 from kvcache_torch.context import local
 from kvcache_torch.driver import AttachedForward, Driver, device_of, driver_of, evaluating, logits_of
 from kvcache_torch.fingerprint import Fingerprint, Parked
+from kvcache_torch.intercept import Extras
 from kvcache_torch.linear import pack_weights as pack
 from kvcache_torch.linear import unpack_weights as unpack
 from kvcache_torch.recompute import recompute, target_scores, widened
@@ -76,7 +79,7 @@ class KVCache(FrontendCache):
         return Site(self, module, **options)
 
     def _has_embedding(self, model: nn.Module) -> bool:
-        return any(isinstance(module, nn.Embedding) for module in model.modules())
+        return any(isinstance(module, nn.Embedding) for module in model.modules()) and not self._driver.needs_more()
 
     def _new_store(self, layout: BlockLayout, num_blocks: int) -> TensorStore:
         return TensorStore(layout, num_blocks, device_of(self.model))
@@ -101,6 +104,10 @@ class KVCache(FrontendCache):
         # Finding the tensors costs a tenth of a millisecond in a deep model, comparing their counters microseconds.
         self._prepare()
         return self.weights_of(self.model).counters_moved()
+
+    def open_row(self, token_ids: TokenIds, **options: Any) -> CachedSequence:
+        """A sequence opened with the core's own ``options``, and with what the tiers hold behind its match."""
+        return self._open(token_ids, **options)
 
     def notice_weights(self) -> None:
         """Notice weights changed in place since the last step."""
@@ -243,12 +250,19 @@ class KVCache(FrontendCache):
         """``model(x)`` inside ``with cache:``."""
         lengths, mask = kwargs.pop("lengths", None), kwargs.pop("mask", None)
         mask = kwargs.pop("attention_mask", mask)
-        if len(args) != 1 or kwargs:
+        more = bool(len(args) != 1 or kwargs)
+        extras = Extras.of(args[1:], kwargs, len(args[0])) if more and args else None
+        if more and extras is None:
             extra = [*map(str, range(1, len(args))), *kwargs]
-            self.bypass(0, f"arguments besides the token ids are not cached (got {extra})")
+            self.bypass(0, f"arguments besides the token ids and tensors are not cached (got {extra})")
             return original(*args, **kwargs)
-        x = args[0]
-        rows = rows_of(x, lengths, mask)
+        local.extras = extras
+        try:
+            return self._transparent(_with_extras(original, extras), rows_of(args[0], lengths, mask), args[0], extras)
+        finally:
+            local.extras = None
+
+    def _transparent(self, original: Callable[..., Any], rows: Rows, x: Tensor, extras: Extras | None) -> Any:
         reason = reason_to_bypass(self.model)
         if reason:
             self.bypass(sum(map(len, rows.tokens)), reason)
@@ -256,7 +270,7 @@ class KVCache(FrontendCache):
         self.refresh()
         for row in rows.tokens:
             self.check_vocabulary(row)
-        with torch.no_grad(), self.call(rows.tokens) as call:
+        with torch.no_grad(), self.call(rows.tokens, extras and extras.keys) as call:
             result = rows.outside(original, x) if call is None else self._answer(call, rows)
         if call is None and self.outputs == "last":
             result = rows.last_of(result)
@@ -271,3 +285,8 @@ class KVCache(FrontendCache):
         new = self._run(call.plan, last_only=False)
         layer = len(self.store.layout.layers) - 1
         return assemble(self.store, layer, call, rows, new)
+
+
+def _with_extras(original: Callable[..., Any], extras: Extras | None) -> Callable[..., Any]:
+    """The model as a function of token ids alone."""
+    return original if extras is None else lambda x: original(x, *extras.args, **extras.kwargs)

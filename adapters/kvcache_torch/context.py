@@ -29,6 +29,8 @@ class _Local(threading.local):
     """Whether only each row's last output is wanted."""
     positions: Tensor | None = None
     """int64 [B, T]."""
+    extras: Any = None
+    """What the attached model is called with besides token ids."""
     last_index: Tensor | None = None
     """int64 [B], index of each row's last new token."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +18,7 @@ from kvcache_core.frontend import ModelSpec
 from kvcache_torch import activation
 from kvcache_torch.compiled import CompiledDecode
 from kvcache_torch.context import local
+from kvcache_torch.intercept import AttentionCalls, Extras, MemoryStates, NotCausal
 from kvcache_torch.recorder import Recorder
 from kvcache_torch.step import Step
 from kvcache_torch.store import dtype_name
@@ -36,6 +39,10 @@ class Driver:
         self.model = model
         self.decode: Callable[..., Any] | None = None
         """What runs steps of one token per row instead of the model's own forward."""
+        self.intercepts: bool | None = None
+        """Whether the model calls PyTorch's own attention; found out when it is described."""
+        self.memories: OrderedDict[Any, list[Tensor]] = OrderedDict()
+        """K and V of decoders' memories."""
 
     def compile(self) -> None:
         """Compile the decode step; a model that is compiled already stays as it is."""
@@ -59,7 +66,12 @@ class Driver:
         """A call of the attached model."""
         if torch.compiler.is_compiling() or local.cache is not self.cache or local.stepping:
             return original(*args, **kwargs)
-        site = self.cache.site_of(self.model, looks_like_ids(args, kwargs))
+        more = self._extras(args, kwargs)
+        local.extras = more
+        try:
+            site = self.cache.site_of(self.model, more is not None or looks_like_ids(args, kwargs))
+        finally:
+            local.extras = None
         if site is not None:
             return activation.call(self.cache, site, original, args, kwargs)
         return self.cache.transparent_call(original, args, kwargs)
@@ -70,17 +82,23 @@ class Driver:
         Raises:
             InvalidInput: the model is not one that can be cached.
         """
-        model, device = self.plain, device_of(self.model)
+        device = device_of(self.model)
         recorder = Recorder(device)
         try:
-            with recording(model, recorder):
-                output = plain_forward(model)(torch.zeros(1, 1, dtype=torch.int64, device=device))
-        except KVCacheError:  # `attention` or `positions` refused
+            output = self._probe(recorder, 1, intercept=False)
+            self.intercepts = not recorder.layers
+            if self.intercepts:
+                self._probe(Recorder(device, 2), 2, intercept=True)  # a mask says nothing about one token
+                recorder = Recorder(device)
+                output = self._probe(recorder, 1, intercept=True)
+        except NotCausal:
+            raise
+        except KVCacheError:  # `attention` or `positions` refused, or a mask that cannot be honoured
             self.cache.saw_attention = True
             raise
         finally:
             self.cache.saw_attention |= bool(recorder.layers)
-        if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[:2] != (1, 1):
+        if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[1] != 1:
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise InvalidInput(f"a token model must map ids [B, T] to a tensor [B, T, ...], got {found} for [1, 1]")
         return ModelSpec(
@@ -88,26 +106,65 @@ class Driver:
             recorder.kv_dtype(),
             tuple(output.shape[2:]),
             dtype_name(output.dtype),
-            vocab_size(model, output),
+            vocab_size(self.plain, output),
         )
+
+    def _probe(self, recorder: Recorder, width: int, *, intercept: bool) -> Any:
+        """The model over [1, width] tokens, or over as many rows as the call under way has."""
+        extras = local.extras
+        ids = torch.zeros(1 if extras is None else len(extras.keys), width, dtype=torch.int64)
+        with recording(self.plain, recorder), AttentionCalls(width) if intercept else contextlib.nullcontext():
+            args, kwargs = ((), {}) if extras is None else (extras.args, extras.kwargs)
+            return plain_forward(self.plain)(ids.to(device_of(self.model)), *args, **kwargs)
+
+    def _extras(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Extras | None:
+        """What a model that needs more than token ids is called with, if the first argument may be token ids."""
+        if not args or len(args) + len(kwargs) < 2 or not looks_like_ids(args[:1], {}) or not self.needs_more():
+            return None
+        return Extras.of(args[1:], kwargs, len(args[0]))
+
+    def needs_more(self) -> bool:
+        """Whether the model cannot be called with token ids alone, like a decoder that needs a memory."""
+        parameters = inspect.signature(plain_forward(self.plain)).parameters.values()
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return sum(one.kind in kinds and one.default is one.empty for one in parameters) > 1
 
     def run(self, tokens: Tensor, step: Step) -> Tensor:
         """The model over a step's new tokens [B, T], inside the step: [B, T, ...], or [B, 1, ...]."""
-        forward = self.decode if self.decode is not None and tokens.shape[1] == 1 else self.model.forward.original
-        output: Tensor = forward(tokens)
+        if self.intercepts is None:
+            self._describe_again()
+        extras = local.extras
+        args, kwargs = ((), {}) if extras is None else (extras.args, extras.kwargs)
+        memory = extras and MemoryStates(self.memories, (self.cache.core.namespace, extras.digest))
+        with AttentionCalls(tokens.shape[1], memory) if self.intercepts else contextlib.nullcontext():
+            compiled = self.decode is not None and tokens.shape[1] == 1 and not self.intercepts and extras is None
+            forward = self.decode if compiled and self.decode else self.model.forward.original
+            output: Tensor = forward(tokens, *args, **kwargs)
         return output
+
+    def _describe_again(self) -> None:
+        """For a model that was attached before: its layout is known, this driver has not seen it yet."""
+        step, last_only = local.step, local.last_only
+        try:
+            self.describe()
+        finally:
+            local.begin(step, last_only)
 
 
 def driver_of(cache: Any, model: nn.Module) -> Driver:
     """The driver for this kind of model."""
     transformers = sys.modules.get("transformers")
     plain = getattr(model, "_orig_mod", model)
-    # One that cannot generate is an encoder: kept per sample, if it does not call `attention` itself.
-    if transformers is not None and isinstance(plain, transformers.PreTrainedModel) and plain.can_generate():
+    # One without causal attention is an encoder: kept per sample, if it does not call `attention` itself.
+    if transformers is not None and isinstance(plain, transformers.PreTrainedModel) and _is_causal(plain):
         from kvcache_torch.hf_driver import HFDriver
 
         return HFDriver(cache, model)
     return Driver(cache, model)
+
+
+def _is_causal(model: Any) -> bool:
+    return bool(model.can_generate()) or any(getattr(module, "is_causal", False) for module in model.modules())
 
 
 def looks_like_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

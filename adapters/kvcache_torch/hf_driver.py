@@ -26,7 +26,8 @@ from kvcache_torch.hf_cross import CrossStates, Source, digests_of
 from kvcache_torch.hf_pass import Pass
 from kvcache_torch.hf_rows import Columns, columns_of, shifts_of
 from kvcache_torch.hf_step import RecordingStepCache, ReturningStepCache, StepCache, implementation, state
-from kvcache_torch.step import Recorder, Step
+from kvcache_torch.recorder import Recorder
+from kvcache_torch.step import Step
 from kvcache_torch.store import dtype_name, torch_dtype
 from kvcache_torch.transparent import reason_to_bypass, with_gradient_of
 

@@ -137,8 +137,7 @@ class Pass:
         needed = 1 if outputs else max(1, min(self.keep or len(row), len(self.tokens[at])))
         head = row[: len(row) - needed + 1]
         reserve = needed - 1 + self.past.max_new_tokens
-        core = self.cache.core
-        return core.open(head, self.cache.salt, extra_keys=self._extras(at), max_new_tokens=reserve, outputs=outputs)
+        return self.cache.open_row(head, extra_keys=self._extras(at), max_new_tokens=reserve, outputs=outputs)
 
     def _extras(self, at: int) -> dict[int, bytes] | None:
         key = self._extra_key(at)

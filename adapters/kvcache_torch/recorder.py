@@ -16,8 +16,8 @@ __all__ = ["Recorder", "check_query"]
 class Recorder:
     """Runs in place of a step while a model is described: notes what each layer would store."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.positions = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    def __init__(self, device: torch.device, width: int = 1) -> None:
+        self.positions = torch.arange(width, device=device)[None]
         self.last_index = torch.zeros(1, dtype=torch.int64, device=device)
         self.layers: dict[int, LayerSpec] = {}
         self.dtype: torch.dtype | None = None
