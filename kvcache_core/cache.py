@@ -14,6 +14,7 @@ from kvcache_core.eviction import Blocks
 from kvcache_core.inputs import MAX_TOKEN, check_salt, checked_extras, token_array, whole
 from kvcache_core.layout import BlockLayout
 from kvcache_core.match import LayerGroup, match_prefix
+from kvcache_core.placement import Placement
 from kvcache_core.plan import Reservation, StepPlan
 from kvcache_core.pool import BlockPool, PoolResize, check_size
 from kvcache_core.prefix import PrefixIndex
@@ -22,7 +23,7 @@ from kvcache_core.sequence import Sequence
 from kvcache_core.stats import CacheStats
 from kvcache_core.tails import Tails
 from kvcache_core.transaction import NEEDS_BLOCK, Transactions
-from kvcache_core.types import BlockId, Evicted, SeqId, TokenIds
+from kvcache_core.types import Evicted, SeqId, TokenIds
 
 __all__ = ["BlockCache", "token_array"]
 
@@ -84,6 +85,7 @@ class BlockCache:
         self._blocks = Blocks(self._index, self.groups)
         tails = Tails(self._blocks)
         self._room = Room(tails)
+        self._placement = Placement(self._room)
         self._moves = Transactions(tails)
         self._lock = threading.RLock()
         self._open: dict[SeqId, Sequence] = {}
@@ -406,34 +408,23 @@ class BlockCache:
         """
         check_size(num_blocks)
         with self._lock:
-            if any(seq.in_step for seq in self._open.values()):
-                raise StepError("cannot resize during a step: commit it or roll it back first")
-            live = max(group.pool.num_live for group in self.groups)
-            seqs = self._open.values()
-            if num_blocks < live and self._room.held(seqs) <= num_blocks:
-                self._room.return_reserved(seqs)
-                live = max(group.pool.num_live for group in self.groups)
-            if num_blocks < live:
-                raise CacheFull(
-                    f"cannot shrink to {num_blocks} blocks: {live} of {self.num_blocks} are held by open "
-                    "sequences; close some first",
-                    needed=live,
-                    available=num_blocks,
-                    capacity=self.num_blocks,
-                )
-            results = []
-            for number, group in enumerate(self.groups):
-                result = group.pool.resize(num_blocks)
-                evicted: list[Evicted] = []
-                self._blocks.evict(number, list(result.evicted), evicted)
-                self._blocks.announce(evicted)
-                self._index.move_block(number, result.moves, num_blocks)
-                for seq in self._open.values():
-                    if number >= len(seq.tables):
-                        continue
-                    seq.tables[number] = [result.moves.get(BlockId(block), block) for block in seq.tables[number]]
-                results.append(result)
-            return results
+            return self._placement.resize(num_blocks, self._open.values())
+
+    def compact(self) -> list[PoolResize]:
+        """Bring the blocks of each open sequence next to each other, so that its slots are few extents.
+
+        For idle moments: nothing is evicted, what is cached stays found, and published blocks keep their content.
+        Sequences lie one behind the other, in the order they were opened, what they reserved ahead included, with
+        room to grow between them; a block that several share lies with the first of them.
+
+        Returns:
+            Per layer group, the moves {old id: new id}, for a store's ``copy_blocks``; empty where nothing is gained.
+
+        Raises:
+            StepError: a step is under way.
+        """
+        with self._lock:
+            return self._placement.compact(self._open.values())
 
     def clear(self) -> None:
         """Drop everything that is cached and not held by an open sequence."""

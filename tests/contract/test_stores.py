@@ -152,6 +152,26 @@ def test_copies_read_before_they_write(make):
         np.testing.assert_array_equal(read(store, layer, array.name, np.arange(8, 16)), old[4:12])
 
 
+@pytest.mark.parametrize("name", list(STORES))
+@given(order=st.permutations(range(1, 7)))
+@settings(max_examples=15)
+def test_blocks_change_places_as_a_compaction_asks(name, order):
+    """Also in circles: every block is read before any is overwritten."""
+    layout = LAYOUTS["two groups"]
+    store = STORES[name](layout, 6)
+    for layer, array in arrays(layout):
+        store.write(layer, array.name, np.arange(28), values(layout, array, 28, layer))
+    pairs = np.array([(old, new) for old, new in zip(range(1, 7), order, strict=True) if old != new])
+    for group in range(2):
+        store.copy_blocks(group, pairs.reshape(-1, 2))
+    for layer, array in arrays(layout):
+        old = values(layout, array, 28, layer).reshape(7, BLOCK, array.heads, array.size)
+        expected = old.copy()
+        expected[list(order)] = old[1:]
+        found = read(store, layer, array.name, np.arange(28)).reshape(expected.shape)
+        np.testing.assert_array_equal(found, expected)
+
+
 # ---- blocks as bytes ----------------------------------------------------------------------------------------------
 
 

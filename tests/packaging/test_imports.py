@@ -31,7 +31,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("eviction", "extents"),
     ("tails",),
     ("reserve",),
-    ("transaction",),
+    ("transaction", "placement"),
     ("cache",),
     ("store",),
     ("tiers",),

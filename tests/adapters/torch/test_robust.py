@@ -173,6 +173,25 @@ def test_resize_and_clear_in_the_middle_of_open_sequences(model):
     cache.core.check_valid()
 
 
+def test_sequences_that_were_compacted_go_on_as_before(model):
+    cache = KVCache(60, block_size=4)
+    assert cache.compact() == 0, "nothing to move before the first use"
+    cache.attach(model, outputs="last")
+    rows = [prompt(row, 24) for row in range(3)]
+    with torch.inference_mode():
+        plain = [model(torch.tensor([row]))[0] for row in rows]
+    cache.warm([rows[0][:9]])
+    seqs = [cache.open(row) for row in rows]
+    for at in range(9, 20):
+        cache.step(seqs, [row[seq.length : at + 1] for seq, row in zip(seqs, rows, strict=True)])
+    assert cache.compact() > 0
+    cache.core.check_valid()
+    for at in range(20, 24):
+        logits = cache.step(seqs, [row[at : at + 1] for row in rows])
+        close(torch.from_numpy(logits), torch.stack([one[at] for one in plain]))
+    assert cache.compact() == 0
+
+
 def test_resize_before_the_first_use():
     model = Small()
     cache = KVCache(8, block_size=4)
