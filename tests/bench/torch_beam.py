@@ -27,12 +27,12 @@ class Ours:
         self.cache = KVCache(size=CONTEXT // 16 + 200)
         self.cache.attach(self.model, outputs="last")
         self.marks: list[float] = []
-        self._step = self.cache.step
-        self.cache.step = self._marked  # type: ignore[method-assign]
+        self._step_top = self.cache.step_top
+        self.cache.step_top = self._marked  # type: ignore[method-assign]
 
     def _marked(self, *args: object, **options: object) -> object:
         self.marks.append(clock())
-        return self._step(*args, **options)  # type: ignore[arg-type]
+        return self._step_top(*args, **options)  # type: ignore[arg-type]
 
     def run(self) -> list[int]:
         """The best beam, with an empty cache; leaves the times at which its tokens were chosen."""
