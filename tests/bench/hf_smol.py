@@ -36,7 +36,7 @@ def model() -> Any:
         pad_token_id=0,
     )
     result = transformers.LlamaForCausalLM(config).eval()
-    weights = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in checkpoint().weights.items()}
+    weights = {name: torch.from_numpy(np.array(value)) for name, value in checkpoint().weights.items()}
     missing = result.load_state_dict(weights, strict=False)
     if missing.unexpected_keys or set(missing.missing_keys) - {"lm_head.weight"}:
         raise ValueError(f"the checkpoint does not fit: {missing}")

@@ -1,0 +1,89 @@
+"""transformers: `generate` over prompts that share a prefix, against what transformers ships."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from hf_smol import model
+from measure import Row, Table, alternate, seconds
+from smol import prompt
+
+from kvcache_torch import KVCache
+from kvcache_torch.hf import HFCache
+
+ROWS, SHARED, OWN, NEW = 8, 1024, 64, 16
+NO_REUSE, BY_HAND, BATCHED = "generate, no reuse", "DynamicCache kept by hand", "generate_batch"
+TARGETS = {NO_REUSE: 0.15, BY_HAND: 0.7, BATCHED: 0.1}
+
+
+def main(*, quick: bool = False) -> Table:
+    """`generate` with an HFCache, from an empty cache, against three ways of transformers' own."""
+    lm = model()
+    shared = prompt(SHARED, seed=0)
+    ids = torch.tensor([shared + prompt(OWN, seed=1 + row) for row in range(ROWS)])
+    cache = KVCache(size=SHARED // 16 + ROWS * ((OWN + NEW) // 16 + 2) + 8)
+    cache.attach(lm, outputs="last")
+    found: dict[str, torch.Tensor] = {}
+
+    def greedy(name: str, **more: Any) -> None:
+        found[name] = lm.generate(ids, max_new_tokens=NEW, do_sample=False, **more)
+
+    def ours() -> float:
+        cache.clear()
+        return seconds(lambda: greedy("ours", cache=HFCache(cache)))
+
+    def ours_again() -> float:
+        cache.clear()
+        cache.warm([shared])
+        return seconds(lambda: greedy("ours", cache=HFCache(cache)))
+
+    def prefix() -> Any:
+        past = transformers.DynamicCache(config=lm.config)
+        with torch.no_grad():
+            lm(torch.tensor([shared]), cache=past, logits_to_keep=1)
+        return past
+
+    def continued(past: Any) -> None:
+        rows = copy.deepcopy(past)
+        rows.batch_repeat_interleave(ROWS)
+        greedy(BY_HAND, cache=rows)
+
+    def by_hand() -> float:
+        return seconds(lambda: continued(prefix()))
+
+    def by_hand_again() -> float:
+        past = prefix()
+        return seconds(lambda: continued(past))
+
+    def no_reuse() -> float:
+        return seconds(lambda: greedy(NO_REUSE))
+
+    def batched() -> float:
+        config = transformers.GenerationConfig(
+            max_new_tokens=NEW, do_sample=False, pad_token_id=0, num_blocks=800, max_batch_tokens=2048
+        )
+        return seconds(lambda: lm.generate_batch(ids.tolist(), generation_config=config, progress_bar=False))
+
+    case = f"{ROWS} prompts, {SHARED:,} shared + {OWN} own tokens, {NEW} new"
+    runs = 3 if quick else 5
+    cold = alternate({"ours": ours, BY_HAND: by_hand}, runs, "transformers, prefix by hand")
+    warm = alternate({"ours": ours_again, BY_HAND: by_hand_again}, runs, "transformers, prefix there already")
+    slow = alternate({"ours": ours, NO_REUSE: no_reuse}, 1 if quick else 5, "transformers, no reuse", warm_up=0)
+    paged = alternate({"ours": ours, BATCHED: batched}, 1, "transformers, generate_batch", warm_up=0)
+    if not torch.equal(found["ours"], found[NO_REUSE]):
+        raise AssertionError("generate with the cache chose other tokens than without")
+    rows = [
+        Row.of(case, "s", samples, target=(name, TARGETS[name]))
+        for name, samples in ((NO_REUSE, slow), (BY_HAND, cold), (BATCHED, paged))
+    ]
+    rows.append(Row.of(f"{case}, the prefix computed before", "s", warm, target=(BY_HAND, TARGETS[BY_HAND])))
+    text = [
+        "SmolLM2 loaded in transformers, `generate` as it is, greedy. Ours: `HFCache` on an empty cache, so that the shared "
+        "prefix is computed once within the call; by hand it is computed into a `DynamicCache`, copied and repeated for "
+        "the rows. In the last case both have the prefix before the clock starts.",
+        "`generate_batch` is transformers' continuous batching with its own prefix sharing; it is run once.",
+    ]
+    return Table("hf_generate", "transformers: generate with a shared prefix", text, rows)
