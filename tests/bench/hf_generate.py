@@ -81,9 +81,9 @@ def main(*, quick: bool = False) -> Table:
     ]
     rows.append(Row.of(f"{case}, the prefix computed before", "s", warm, target=(BY_HAND, TARGETS[BY_HAND])))
     text = [
-        "SmolLM2 loaded in transformers, `generate` as it is, greedy. Ours: `HFCache` on an empty cache, so that the shared "
-        "prefix is computed once within the call; by hand it is computed into a `DynamicCache`, copied and repeated for "
-        "the rows. In the last case both have the prefix before the clock starts.",
+        "SmolLM2 in transformers, `generate` as it is, greedy. Ours: `HFCache` on an empty cache, so that the shared "
+        "prefix is computed once within the call; by hand it is computed into a `DynamicCache`, copied and repeated "
+        "for the rows. In the last case both have the prefix before the clock starts.",
         "`generate_batch` is transformers' continuous batching with its own prefix sharing; it is run once.",
     ]
     return Table("hf_generate", "transformers: generate with a shared prefix", text, rows)

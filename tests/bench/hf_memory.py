@@ -37,7 +37,7 @@ def main(*, quick: bool = False) -> Table:
     samples = {name: [size / 1e6] for name, size in found.items()}
     row = Row.of(f"{ROWS} rows of {SHORTEST} to {LONGEST:,} tokens", "MB", samples, target=(LIVE, 1.06))
     text = [
-        "Bytes allocated for K and V, null block included. `DynamicCache` pads every row to the longest, and holds a layer "
-        "twice for a moment in each step (not counted); `StaticCache` is made for the longest that may come.",
+        "Bytes allocated for K and V, null block included. `DynamicCache` pads every row to the longest (and holds a "
+        "layer twice for a moment in each step, not counted); `StaticCache` is made for the longest that may come.",
     ]
     return Table("hf_memory", "transformers: memory of a ragged batch", text, [row])

@@ -12,7 +12,7 @@ import pytest
 
 from tests.packaging.test_imports import ORDER
 
-PAGES = ("README.md", "docs/guide.md", "docs/architecture.md", "docs/keras.md")
+PAGES = ("README.md", "docs/guide.md", "docs/architecture.md", "docs/keras.md", "docs/transformers.md")
 FRAMEWORKS = {"torch": ("kvcache_torch", "# PyTorch"), "keras": ("kvcache_keras", "# Keras")}
 _RUN = "import sys; exec(compile(sys.stdin.read(), sys.argv[1], 'exec'), {'__name__': '__main__'})"
 
