@@ -20,6 +20,7 @@ from kvcache_core.entries import EntryCache, EntryLookup
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.keys import KEY_BYTES
 from kvcache_core.tree import Tree, flatten
+from kvcache_core.worth import Worth
 
 __all__ = ["ActivationSite", "Bypassed", "Samples", "sample_keys"]
 
@@ -109,20 +110,21 @@ class ActivationSite(ABC):
     Args:
         entries: where results are kept.
         module: the module.
+        worth: counts what the cache saves and costs.
         shared: names of keyword arguments whose tensors belong to all samples though their first dimension
             happens to be the batch's.
         side_effects: the module does more than compute its output: it is called each time.
     """
 
-    def __init__(self, entries: EntryCache, module: Any, *, shared: Sequence[str], side_effects: bool) -> None:
+    def __init__(
+        self, entries: EntryCache, module: Any, worth: Worth, *, shared: Sequence[str], side_effects: bool
+    ) -> None:
         self.entries = entries
         self.module = module
         self.shared = frozenset(shared)
         self.side_effects = side_effects
         self.options = (self.shared, side_effects)
-        self.seconds_saved: float = 0.0
-        self.seconds_spent: float = 0.0
-        self._row_seconds = 0.0
+        self.worth = worth
         self._refusals: dict[bytes, str] = {}
         self._proven: set[bytes] = set()
 
@@ -147,9 +149,6 @@ class ActivationSite(ABC):
     @abstractmethod
     def stack(self, rows: Sequence[Any]) -> Any:
         """Rows as one new tensor."""
-
-    def entered(self) -> None:  # noqa: B027 -- an adapter need not care
-        """A ``with cache:`` begins, or the cache was invalidated: the next call looks closely at the weights."""
 
     @abstractmethod
     def mode(self) -> bytes:
@@ -181,7 +180,9 @@ class ActivationSite(ABC):
         lookup = self.entries.look_up(samples.keys)
         if not lookup.compute:
             result = self._assemble(lookup, ())
-            self._account(lookup, time.perf_counter() - start)
+            self.worth.called(samples.count, 0.0, time.perf_counter() - start)
+            if self.worth.wants_measure:
+                self._measure(original, args, kwargs, samples)
             return result
         # Until one whole batch was seen to be computed cleanly, nothing is left out of it.
         whole = mode not in self._proven or len(lookup.compute) == samples.count
@@ -200,9 +201,19 @@ class ActivationSite(ABC):
             payloads = [payloads[sample] for sample in lookup.compute]
         self.entries.keep(lookup, [payload[:2] for payload in payloads], [size for _, _, size in payloads])
         result = output if whole else self._assemble(lookup, payloads)
-        self._row_seconds = _smooth(self._row_seconds, (after - before) / len(rows))
-        self._account(lookup, before - start + time.perf_counter() - after)
+        spent = before - start + time.perf_counter() - after
+        if whole:  # such a call saves nothing
+            self.worth.measured(samples.count, after - before)
+            self.worth.called(0, 0.0, spent)
+        else:
+            self.worth.called(samples.count, after - before, spent)
         return result
+
+    def _measure(self, original: Callable[..., Any], args: Any, kwargs: Any, samples: Samples) -> None:
+        """Time the module without the cache, so that a decision does not rest on its first run alone."""
+        before = time.perf_counter()
+        self.compute(original, args, kwargs, samples.leaves)
+        self.worth.measured(samples.count, time.perf_counter() - before)
 
     def _samples(self, args: Any, kwargs: Any, mode: bytes) -> Samples:
         """The inputs, split; raises Bypassed where they cannot be."""
@@ -279,12 +290,3 @@ class ActivationSite(ABC):
         ):
             raise Bypassed("the output's structure or shape depends on the other samples of its batch")
         return tree.rebuild([self.stack(column) for column in rows])
-
-    def _account(self, lookup: EntryLookup, spent: float) -> None:
-        """Seconds the cache cost, and an estimate of what the hits would have: the recent cost of a row."""
-        self.seconds_spent += spent
-        self.seconds_saved += lookup.hits * self._row_seconds
-
-
-def _smooth(before: float, now: float) -> float:
-    return now if not before else 0.9 * before + 0.1 * now

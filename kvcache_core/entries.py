@@ -7,12 +7,14 @@ of tokens (:class:`kvcache_core.pool.BlockPool`): an entry is one block. What it
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvcache_core.admission import Admission, AllAdmitted
-from kvcache_core.errors import InvalidInput
+from kvcache_core.analysis import Advice, advise
+from kvcache_core.errors import InvalidInput, UsageError
 from kvcache_core.pool import BlockPool, check_size
 from kvcache_core.types import NULL_BLOCK
 
@@ -78,6 +80,25 @@ class EntryCache:
         self._blocks: dict[bytes, int] = {}
         self._contents: dict[int, tuple[bytes, Any, int]] = {}
         self._lock = threading.RLock()
+        self.trace: deque[bytes] | None = None
+
+    def record(self, accesses: int) -> None:
+        """Remember the keys of the last so many accesses from now on, for :meth:`advice`; 0 stops it."""
+        self.trace = deque(maxlen=accesses) if accesses else None
+
+    def advice(self, seconds_per_miss: float = 0.0) -> Advice:
+        """Which size pays, by the recorded accesses.
+
+        Raises:
+            UsageError: none are recorded.
+        """
+        with self._lock:
+            if self.trace is None:
+                raise UsageError("no accesses are recorded: call record(accesses) first")
+            trace, count = list(self.trace), len(self)
+            each = self.bytes / count if count else 0.0
+            size = self._pool.num_blocks if self.memory is None else int(self.memory / each) if each else 0
+        return advise(trace, size, seconds_per_miss=seconds_per_miss, bytes_per_entry=each)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -98,6 +119,8 @@ class EntryCache:
         sources: dict[int, int] = {}
         first: dict[bytes, int] = {}
         with self._lock:
+            if self.trace is not None:
+                self.trace.extend(keys)
             for sample, key in enumerate(keys):
                 block = self._blocks.get(key)
                 if block is not None:

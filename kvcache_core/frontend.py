@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from kvcache_core.activation import ActivationSite, Bypassed
 from kvcache_core.admission import Admission, admission
+from kvcache_core.analysis import Advice
 from kvcache_core.cache import BlockCache
 from kvcache_core.errors import CacheFull, InvalidInput, InvalidType, KVCacheWarning, UsageError
 from kvcache_core.identity import named_identity, weights_identity
@@ -38,6 +39,7 @@ from kvcache_core.tiering import TierStack, TierStats
 from kvcache_core.tiers import Tier
 from kvcache_core.types import TokenIds
 from kvcache_core.weights import check_verify
+from kvcache_core.worth import check_bypass
 
 __all__ = ["Call", "FrontendCache", "ModelSpec", "parse_memory"]
 
@@ -94,6 +96,9 @@ class FrontendCache(Stepping):
             :class:`~kvcache_core.admission.AfterSightings`.
         verify: how changed weights are noticed: ``"sample"`` of their content, ``"full"`` (every byte), or
             ``"never"``: only :meth:`invalidate` counts.
+        bypass: ``"auto"``: a module whose activations cost more to look up and copy than computing them would take
+            is computed without the cache, and looked at again ever less often. To know, such a module is now and
+            then computed though its result is there.
 
     Raises:
         InvalidInput: a size, memory or block size that is no positive amount, or both size and memory; a malformed
@@ -113,6 +118,7 @@ class FrontendCache(Stepping):
         promote: str = "auto",
         admit: Admission | str = "all",
         verify: str = "sample",
+        bypass: str = "never",
     ) -> None:
         if size is not None and memory is not None:
             raise InvalidInput(f"give size (blocks) or memory (bytes), not both; got {size!r} and {memory!r}")
@@ -130,11 +136,13 @@ class FrontendCache(Stepping):
         self._dtype = None if dtype is None else self._dtype_name(dtype)
         self.salt = salt
         self.verify = check_verify(verify)
+        self.bypass_rule = check_bypass(bypass)
         self.model: Any = None
         self.sites = Sites(self._size, self._memory, admission(admit))
         self._kind: str | None = None
         self._site_options: dict[str, Any] = {}
         self.saw_attention = False
+        self.looks = 0
         self._served: Callable[[], Any] = lambda: None
         self.outputs = "all"
         self.identity: str | None = None
@@ -342,8 +350,7 @@ class FrontendCache(Stepping):
         self._check_attached()
         self._set_active(self)
         try:
-            for site in self.sites:
-                site.entered()
+            self.looks += 1
             if self._kind is None and self._has_embedding(self.model):
                 self.site_of(self.model, True)
             if self._kind == "tokens":
@@ -455,8 +462,7 @@ class FrontendCache(Stepping):
         """Never find anything again that was computed before now."""
         # Random, so that keys in a tier cannot be those of an earlier run either.
         self._epoch = os.urandom(16)
-        for site in self.sites:
-            site.entered()
+        self.looks += 1
         if self._core is not None and self.model is not None:
             self.refresh()
 
@@ -676,9 +682,23 @@ class FrontendCache(Stepping):
         """What each tier has done for this cache, nearest first."""
         return [] if self._tiers is None else [replace(stats) for stats in self._tiers.stats]
 
+    def record(self, accesses: int = 100_000) -> None:
+        """Remember the last so many accesses to activations, for :meth:`advice`; 0 stops it."""
+        self.sites.entries.record(accesses)
+
+    def advice(self) -> Advice:
+        """Which size pays for activations, by the accesses since :meth:`record`; print it.
+
+        Raises:
+            UsageError: none are recorded.
+        """
+        return self.sites.entries.advice(max((site.worth.row_seconds for site in self.sites), default=0.0))
+
     def stats(self) -> CacheStats:
         """Counters and contents; zeros before the first use."""
-        entries = self.sites.entries
+        entries, skipped, reasons = self.sites.entries, self.sites.skipped, dict(self._bypass_reasons)
+        if skipped:
+            reasons["the cache costs more than it saves"] = skipped
         if self._core is None:
             stats = CacheStats(block_size=self._block_size, num_blocks=self._size or 0)
         else:
@@ -686,7 +706,7 @@ class FrontendCache(Stepping):
         return replace(
             stats,
             bytes=stats.bytes + entries.bytes,
-            bypassed_calls=self._bypassed_calls,
+            bypassed_calls=self._bypassed_calls + skipped,
             bypassed_tokens=self._bypassed_tokens,
             saved_output_tokens=self._saved_output_tokens,
             **({} if self._tiers is None else self._tiers.counters()),
@@ -697,7 +717,7 @@ class FrontendCache(Stepping):
             refused_entries=entries.refused_entries,
             seconds_saved=self.sites.seconds_saved,
             seconds_spent=self.sites.seconds_spent,
-            bypass_reasons=dict(self._bypass_reasons),
+            bypass_reasons=reasons,
         )
 
 

@@ -48,7 +48,6 @@ class Sites:
         known = self._detached.pop(id(site.module), None)
         if known is not None and known.module is site.module and known.options == site.options:
             site = known
-            site.entered()
         self._sites[id(site.module)] = site
         return site
 
@@ -71,10 +70,16 @@ class Sites:
     def seconds_saved(self) -> float:
         """Estimated seconds of computing that hits made unnecessary."""
         sites: tuple[ActivationSite, ...] = (*self, *self._detached.values())
-        return sum(site.seconds_saved for site in sites)
+        return sum(site.worth.saved for site in sites)
+
+    @property
+    def skipped(self) -> int:
+        """Calls that were computed without the cache because it does not pay."""
+        sites: tuple[ActivationSite, ...] = (*self, *self._detached.values())
+        return sum(site.worth.skipped for site in sites)
 
     @property
     def seconds_spent(self) -> float:
         """Seconds spent on hashing, looking up, copying and putting together."""
         sites: tuple[ActivationSite, ...] = (*self, *self._detached.values())
-        return sum(site.seconds_spent for site in sites)
+        return sum(site.worth.spent for site in sites)

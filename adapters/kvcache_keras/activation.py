@@ -15,6 +15,7 @@ from kvcache_core.activation import ActivationSite, Bypassed
 from kvcache_core.entries import EntryLookup
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.tree import Tree, flatten
+from kvcache_core.worth import Worth
 from kvcache_keras.context import not_recording, recording
 from kvcache_keras.fingerprint import Fingerprint
 
@@ -32,7 +33,7 @@ class Site(ActivationSite):
     """One attached layer or model."""
 
     def __init__(self, cache: KVCache, module: Any, *, identity: str | None, **options: Any) -> None:
-        super().__init__(cache.sites.entries, module, **options)
+        super().__init__(cache.sites.entries, module, Worth(auto=cache.bypass_rule == "auto"), **options)
         self._cache = cache
         self._identity = (identity or "").encode()
         self._number = cache.sites.number(module).to_bytes(8, "little")

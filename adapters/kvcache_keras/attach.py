@@ -42,6 +42,7 @@ class AttachedCall:
         self._before = vars(model).get("call")
         self._signature = model._call_signature
         self._own = set(self._signature.parameters)
+        self.worth: Any = None
         self._supports_masking = model.supports_masking
         self._supports_jit = model.supports_jit
 
@@ -72,6 +73,11 @@ class AttachedCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call."""
+        worth = self.worth
+        if worth is not None and worth.skip and tf.executing_eagerly() and local.cache is self.cache:
+            worth.skip -= 1
+            worth.skipped += 1
+            return self.original(*args, **{name: value for name, value in kwargs.items() if name in self._own})
         added = {name: kwargs[name] for name in _ROW_ARGUMENTS if _is_given(kwargs.get(name))}
         for name in _ROW_ARGUMENTS:
             if name not in self._own or not _is_given(kwargs.get(name)):
@@ -81,6 +87,7 @@ class AttachedCall:
         if local.cache is self.cache:
             site = self.cache.site_of(self.model, _looks_like_ids(args, kwargs))
             if site is not None:
+                self.worth = site.worth
                 return activation.call(self.cache, site, self.original, args, kwargs)
         return self._transparent(args, kwargs, added)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from kvcache_core.activation import ActivationSite
 from kvcache_core.errors import InvalidType
 from kvcache_core.tree import flatten
+from kvcache_core.worth import Worth
 from kvcache_torch.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
@@ -27,13 +29,13 @@ class Site(ActivationSite):
     """One attached module."""
 
     def __init__(self, cache: KVCache, module: nn.Module, *, identity: str | None, **options: Any) -> None:
-        super().__init__(cache.sites.entries, module, **options)
+        super().__init__(cache.sites.entries, module, Worth(auto=cache.bypass_rule == "auto"), **options)
         self._cache = cache
         self._identity = (identity or "").encode()
         self._number = cache.sites.number(module).to_bytes(8, "little")
         self._modules = list(module.modules())
         self._weights = Fingerprint(module, cache.verify)
-        self._entered = False
+        self._looks = cache.looks
 
     # ---- tensors -------------------------------------------------------------------------------
 
@@ -67,16 +69,14 @@ class Site(ActivationSite):
 
     # ---- what the result depends on ------------------------------------------------------------
 
-    def entered(self) -> None:
-        """The next call looks at the content of the weights, too."""
-        self._entered = True
-
     def look(self) -> None:
         """Notice changed weights: by their content, too, in the first call of a ``with cache:``."""
-        changed = self._weights.look() if self._entered else self._weights.quick_look()
-        self._entered = False
+        before = time.perf_counter()
+        changed = self._weights.quick_look() if self._looks == self._cache.looks else self._weights.look()
+        self._looks = self._cache.looks
         if changed:
             self._modules = list(self.module.modules())
+        self.worth.spent += time.perf_counter() - before
 
     def namespace(self) -> bytes:
         """What stands for the weights as they are now, the module, the salt."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kvcache_core.errors import InvalidInput, KVCacheError
 from kvcache_core.frontend import ModelSpec
+from kvcache_core.worth import Worth
 from kvcache_torch import activation
 from kvcache_torch.compiled import CompiledDecode
 from kvcache_torch.context import local
@@ -37,6 +38,7 @@ class Driver:
     def __init__(self, cache: Any, model: nn.Module) -> None:
         self.cache = cache
         self.model = model
+        self.worth: Worth | None = None
         self.decode: Callable[..., Any] | None = None
         """What runs steps of one token per row instead of the model's own forward."""
         self.intercepts: bool | None = None
@@ -64,6 +66,11 @@ class Driver:
 
     def enter(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the attached model."""
+        worth = self.worth
+        if worth is not None and worth.skip and local.cache is self.cache:
+            worth.skip -= 1
+            worth.skipped += 1
+            return original(*args, **kwargs)
         if torch.compiler.is_compiling() or local.cache is not self.cache or local.stepping:
             return original(*args, **kwargs)
         more = self._extras(args, kwargs)
@@ -73,6 +80,7 @@ class Driver:
         finally:
             local.extras = None
         if site is not None:
+            self.worth = site.worth
             return activation.call(self.cache, site, original, args, kwargs)
         return self.cache.transparent_call(original, args, kwargs)
 

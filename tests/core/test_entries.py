@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcache_core import AfterSightings, InvalidInput, InvalidType, Sampled
+from kvcache_core import AfterSightings, InvalidInput, InvalidType, Sampled, UsageError
 from kvcache_core.admission import AllAdmitted, admission
 from kvcache_core.entries import EntryCache
 
@@ -179,3 +179,19 @@ def test_a_rule_is_all_or_has_admit():
     for wrong in ("some", 0.2, None):
         with pytest.raises(InvalidType, match="admit must be"):
             admission(wrong)
+
+
+def test_advice_from_recorded_accesses():
+    entries = EntryCache(size=5)
+    with pytest.raises(UsageError, match="record"):
+        entries.advice()
+    entries.record(1000)
+    for _ in range(20):
+        for key in "abcdefghij":
+            use(entries, key, size=100)
+    advice = entries.advice(0.5)
+    assert (advice.size, advice.best, advice.bytes, advice.seconds) == (5, 10, 1000, 95.0)
+    entries.resize(memory=500)
+    assert entries.advice().size == 5
+    entries.record(0)
+    assert entries.trace is None

@@ -17,7 +17,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("sizes", "identity"),
     ("types",),
-    ("keys", "stats", "admission", "tree", "weights"),
+    ("keys", "stats", "admission", "tree", "weights", "worth", "analysis"),
     ("inputs", "layout"),
     ("blockformat",),
     ("runs", "nodes"),

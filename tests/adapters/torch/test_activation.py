@@ -626,3 +626,38 @@ def test_threads_share_entries(model, cache):
         thread.join()
     assert not wrong
     assert cache.stats().entries == 40
+
+
+# ---- whether it pays -------------------------------------------------------------------------------------------------
+
+
+def test_a_module_too_small_for_a_cache_is_left_out_and_said_so():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    cache = KVCache(64, bypass="auto")
+    cache.attach(model)
+    x = rows(0, 32, 16)
+    with torch.no_grad(), cache:
+        for _ in range(300):
+            close(model(x), model.forward.original(x))
+    stats = cache.stats()
+    assert stats.bypass_reasons == {"the cache costs more than it saves": 300 - 32}
+    assert stats.seconds_spent > stats.seconds_saved > 0
+
+
+def test_a_module_that_pays_is_not_left_out():
+    class Slow(nn.Module):
+        def forward(self, x):
+            for _ in range(40):
+                x = torch.linalg.matrix_exp(x)
+                x = x / x.abs().amax()
+            return x * 2
+
+    cache = KVCache(64, bypass="auto")
+    cache.attach(Slow())
+    x = torch.rand(2, 12, 12)
+    with torch.no_grad(), cache:
+        for _ in range(80):
+            cache.model(x)
+    stats = cache.stats()
+    assert stats.bypassed_calls == 0 and stats.hit_entries == 158
+    assert stats.seconds_saved > stats.seconds_spent
