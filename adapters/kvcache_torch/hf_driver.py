@@ -25,7 +25,14 @@ from kvcache_torch.hf import HFCache, Refused, close_abandoned
 from kvcache_torch.hf_cross import CrossStates, Source, digests_of
 from kvcache_torch.hf_pass import Pass
 from kvcache_torch.hf_rows import Columns, columns_of, shifts_of
-from kvcache_torch.hf_step import RecordingStepCache, ReturningStepCache, StepCache, implementation, state
+from kvcache_torch.hf_step import (
+    NeedsReturned,
+    RecordingStepCache,
+    ReturningStepCache,
+    StepCache,
+    implementation,
+    state,
+)
 from kvcache_torch.recorder import Recorder
 from kvcache_torch.step import Step
 from kvcache_torch.store import dtype_name, torch_dtype
@@ -79,6 +86,8 @@ class HFDriver(Driver):
         self._seen: tuple[Tensor, Any, int, Source] | None = None
         self.returns = not model._supports_attention_backend
         """Whether the layers get K and V returned, because they call no registered attention function."""
+        self.described = False
+        """Whether this driver has seen what the model calls; the layout may be known from an earlier attachment."""
         self.output_type: type[Any] = BaseModelOutputWithPast
         """What the decoder returns."""
         configs = [module.config for module in self.decoder.modules() if hasattr(module, "config")]
@@ -100,17 +109,13 @@ class HFDriver(Driver):
 
     def describe(self) -> ModelSpec:
         """As :meth:`Driver.describe`; the output is the decoder's hidden state, the model's own head makes logits."""
-        recorder = Recorder(device_of(self.model))
-        view: Any = RecordingStepCache(0, 1) if self.returns else StepCache(0, 1)
-        more = {}
-        if self.has_encoder:
-            size = self.decoder.config.hidden_size
-            dtype = next(self.decoder.parameters()).dtype
-            more["encoder_hidden_states"] = torch.zeros(1, 1, size, dtype=dtype, device=device_of(self.model))
-            view = EncoderDecoderCache(view, DynamicCache())
-        with recording(self.model, recorder), self._inside(view):
-            ids = torch.zeros(1, 1, dtype=torch.int64, device=device_of(self.model))
-            output = self._decoder_forward(input_ids=ids, **self._arguments(recorder.positions, view, None), **more)
+        self.described = True
+        self.cache.saw_attention = True  # whatever goes wrong, it is no module to keep activations of
+        try:
+            recorder, output = self._probe_decoder()
+        except NeedsReturned:
+            self.returns = True
+            recorder, output = self._probe_decoder()
         if not recorder.layers:
             raise InvalidInput(
                 f"{type(self.model).__name__} gave its cache no K and V: its state is of another kind, which cannot "
@@ -123,8 +128,25 @@ class HFDriver(Driver):
             recorder.specs(), recorder.kv_dtype(), tuple(hidden.shape[2:]), dtype_name(hidden.dtype), vocab
         )
 
+    def _probe_decoder(self) -> tuple[Recorder, Any]:
+        """The decoder over one token."""
+        recorder = Recorder(device_of(self.model))
+        view: Any = RecordingStepCache(0, 1) if self.returns else StepCache(0, 1)
+        more = {}
+        if self.has_encoder:
+            size = self.decoder.config.hidden_size
+            dtype = next(self.decoder.parameters()).dtype
+            more["encoder_hidden_states"] = torch.zeros(1, 1, size, dtype=dtype, device=device_of(self.model))
+            view = EncoderDecoderCache(view, DynamicCache())
+        with recording(self.model, recorder), self._inside(view):
+            ids = torch.zeros(1, 1, dtype=torch.int64, device=device_of(self.model))
+            output = self._decoder_forward(input_ids=ids, **self._arguments(recorder.positions, view, None), **more)
+        return recorder, output
+
     def run(self, tokens: Tensor, step: Step) -> Tensor:
         """The model over a step's new tokens: logits [B, T, V], or [B, 1, V]."""
+        if not self.described:
+            self._describe_again()
         if self.has_encoder:
             raise InvalidInput("an encoder-decoder model needs its encoder's input too: use model.generate")
         view = self._view(step.plan)
@@ -141,6 +163,8 @@ class HFDriver(Driver):
             shifts: int64 [B], added to the rows' positions.
             source: what an encoder has given for the rows.
         """
+        if not self.described:
+            self.describe()
         store = self.cache.store
         step = Step(plan, store, torch_dtype(self.cache.spec.dtype))
         positions = step.positions

@@ -22,6 +22,7 @@ from kvcache_torch.store import TensorStore
 
 __all__ = [
     "IMPLEMENTATION",
+    "NeedsReturned",
     "RecordingStepCache",
     "ReturningStepCache",
     "StepCache",
@@ -34,11 +35,19 @@ IMPLEMENTATION = "kvcache"
 """The name that the attention over blocks is registered under."""
 
 
+_NOT_OURS = ("s_aux", "position_bias")
+"""What an attention function may be passed that changes its result, and that steps over blocks do not know."""
+
+
+class NeedsReturned(InvalidInput):
+    """The model can only be served by returning K and V to it."""
+
+
 class _State(threading.local):
     """What of a transformers model this thread is in."""
 
-    view: StepCache | None = None
-    """The cache of the step under way."""
+    view: Any = None
+    """The cache of the step under way: a :class:`StepCache`, alone or with the cross-attention's."""
     request: Any = None
     """The call of the attached model under way, between its own forward and its decoder's."""
 
@@ -189,7 +198,10 @@ def block_attention(
         ([B, T, Hq, Dv], None).
     """
     view = state.view if local.stepping else None
-    layer = view.take() if view is not None else None
+    inner = getattr(view, "self_attention_cache", view)
+    layer = inner.take() if inner is not None else None
+    if layer is None and inner is not None and inner is view:
+        raise NeedsReturned("attends to K and V of another layer")
     if layer is None:
         own = _own_function(module)
         return own(  # type: ignore[no-any-return]
@@ -203,6 +215,10 @@ def block_attention(
             softcap=softcap,
             **kwargs,
         )
+    if not getattr(module, "is_causal", True):
+        raise InvalidInput("the attention sees later tokens: nothing computed for a prefix stays right")
+    if any(kwargs.get(name) is not None for name in _NOT_OURS):
+        raise NeedsReturned(f"passes one of {_NOT_OURS} to its attention")
     step: Any = local.step
     result = step.attend(query, key, value, layer, sliding_window, scaling, softcap)
     return result.transpose(1, 2), None
@@ -211,6 +227,8 @@ def block_attention(
 def block_mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
     """A mask function for transformers' ``AttentionMaskInterface``: inside a step, self-attention needs no mask."""
     if local.stepping and "allow_is_bidirectional_skip" not in kwargs:
+        if kwargs.get("use_vmap"):
+            raise NeedsReturned("has a mask of its own besides the causal one")
         return None
     own = _originals[id(config)]
     return ALL_MASK_ATTENTION_FUNCTIONS[own](*args, config=config, **kwargs)

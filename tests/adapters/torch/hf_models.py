@@ -52,6 +52,10 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "StarCoder2": ("Starcoder2", {**_SMALL, "sliding_window": 9}),
     "Cohere2": ("Cohere2", {**_SMALL, "sliding_window": 9}),
     "OLMo2": ("Olmo2", _SMALL),
+    "GPT-OSS": (
+        "GptOss",
+        {**_SMALL, "head_dim": 8, "sliding_window": 9, "num_local_experts": 3, "num_experts_per_tok": 2},
+    ),
     "DeepSeek-V3": (
         "DeepseekV3",
         {

@@ -204,3 +204,56 @@ def test_other_state_is_refused(name: str, settings: dict[str, Any], reason: str
     with pytest.raises(InvalidInput, match=reason):
         KVCache(size=16).attach(model)
     assert "forward" not in vars(model)
+
+
+def test_a_bidirectional_decoder_is_refused() -> None:
+    model = decoder("Gemma 3")
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    cache = KVCache(size=16)
+    cache.attach(model)
+    with pytest.raises(InvalidInput, match="later tokens"), torch.no_grad(), cache:
+        model(torch.ones(1, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["LlamaModel", "LlamaForSequenceClassification"])
+def test_other_heads(name: str, ids: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    config = copy.deepcopy(decoder("Llama").config)
+    model = getattr(transformers, name)(config).eval()
+    cache = KVCache(size=64, block_size=4)
+    cache.attach(model)
+    with torch.no_grad():
+        plain = model(ids)
+        with cache:
+            for _ in range(2):
+                assert torch.allclose(model(ids)[0], plain[0], atol=1e-5)
+    assert cache.stats().hit_tokens == 2 * 14
+
+
+def test_chunked_prefill_and_streaming(model: Any, cache: KVCache, ids: torch.Tensor) -> None:
+    expected = model.generate(ids, **GREEDY)
+    for _ in range(2):
+        out = model.generate(ids, **GREEDY, prefill_chunk_size=4, past_key_values=HFCache(cache))
+        assert torch.equal(out, expected)
+
+
+def test_bfloat16(ids: torch.Tensor) -> None:
+    model = decoder("Llama").bfloat16()
+    expected = model.generate(ids, **GREEDY)
+    cache = KVCache(size=64)
+    cache.attach(model)
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, **GREEDY, past_key_values=HFCache(cache)), expected)
+
+
+def test_attaching_again_goes_on_with_what_is_cached(ids: torch.Tensor) -> None:
+    model = decoder("GPT-OSS")  # what its attention is passed is found out again by the new attachment
+    expected = model.generate(ids, **GREEDY)
+    cache = KVCache(size=128, block_size=4)
+    for _ in range(2):
+        cache.attach(model)
+        assert torch.equal(model.generate(ids, **GREEDY, past_key_values=HFCache(cache)), expected)
+        cache.detach()
+    assert cache.stats().hit_tokens == 2 * 14
