@@ -49,7 +49,7 @@ class Manager(Protocol):
 
 
 class CoreManager:
-    """`BlockCache`, through its public calls: a prompt and every further token is a planned and committed step."""
+    """`BlockCache`, through its public calls: a prompt is a planned and committed step, a further token an append."""
 
     name = "kvcache_core"
 
@@ -62,10 +62,10 @@ class CoreManager:
         return seq, seq.num_cached
 
     def append(self, request: Sequence, token: int) -> None:
-        self.core.commit(self.core.plan([request], [[token]]))
+        self.core.append(request, token)
 
     def append_batch(self, requests: list[Sequence], tokens: list[int]) -> None:
-        self.core.commit(self.core.plan(requests, [[token] for token in tokens]))
+        self.core.append(requests, tokens)
 
     def finish(self, request: Sequence) -> None:
         self.core.close(request)
@@ -146,7 +146,7 @@ def one_request(core: BlockCache, prompt: list[int], answer: list[int]) -> None:
     seq = core.open(prompt)
     core.commit(core.plan([seq], [prompt[seq.num_cached :]]))
     for token in answer:
-        core.commit(core.plan([seq], [[token]]))
+        core.append(seq, token)
     core.close(seq)
 
 

@@ -28,6 +28,8 @@ ORDER = (
     "keras_lengths",
     "keras_hub_attached",
     "core_workload",
+    "core_scale",
+    "core_trace",
 )
 
 HEAD = """# Performance

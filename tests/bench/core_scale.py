@@ -1,0 +1,100 @@
+"""What an operation costs in pools of a thousand to a million blocks, full and evicting. No framework."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from measure import Row, Spread, Table
+
+from kvcache_core import BlockCache
+
+BLOCK_SIZE = 16
+SIZES = (1_000, 10_000, 100_000, 1_000_000)
+HEAD_BLOCKS, OWN_BLOCKS, NEW_TOKENS = 32, 32, 64
+CHART = Path(__file__).resolve().parents[2] / "out" / "bench" / "core_scale.svg"
+
+
+class Load:
+    """Requests of one shared head and own tokens on one pool, closed at once."""
+
+    def __init__(self, num_blocks: int) -> None:
+        start = time.perf_counter()
+        self.core = BlockCache(num_blocks, BLOCK_SIZE)
+        self.build_ms = (time.perf_counter() - start) * 1e3
+        self.rng = np.random.default_rng(0)
+        self.head = self.rng.integers(0, 2**30, HEAD_BLOCKS * BLOCK_SIZE).tolist()
+
+    def fill(self) -> None:
+        """Until the pool evicts."""
+        while not self.core.stats().evicted_blocks:
+            self.run(10)
+
+    def run(self, count: int) -> tuple[float, float]:
+        """Microseconds per prompt (open, plan, commit, close) and nanoseconds per appended token."""
+        prompts = self.rng.integers(0, 2**30, (count, OWN_BLOCKS * BLOCK_SIZE)).tolist()
+        whole = appended = 0
+        for own in prompts:
+            prompt = self.head + own
+            start = time.thread_time_ns()
+            seq = self.core.open(prompt)
+            self.core.commit(self.core.plan([seq], [prompt[seq.num_cached :]]))
+            middle = time.thread_time_ns()
+            for token in own[:NEW_TOKENS]:
+                self.core.append(seq, token)
+            end = time.thread_time_ns()
+            self.core.close(seq)
+            whole += time.thread_time_ns() - end + middle - start
+            appended += end - middle
+        return whole / count / 1e3, appended / count / NEW_TOKENS
+
+
+def draw(rows: list[Row]) -> None:
+    """The chart: flat lines are what was promised."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    axes.plot(
+        SIZES[: len(rows)], [row.ours.median for row in rows], "o-", label="prompt of 64 blocks, 32 of them cached (µs)"
+    )
+    appends = [row.extra["ns/append"] / 1e3 for row in rows]
+    axes.plot(SIZES[: len(rows)], appends, "s-", label="append, a new block every 16 (µs)")
+    axes.set(xscale="log", yscale="log", xlabel="blocks in the pool, full", ylabel="µs", ylim=(0.1, 2000))
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    CHART.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(CHART)
+    plt.close(figure)
+
+
+def main(*, quick: bool = False) -> Table:
+    """Each pool size; the chart goes to `out/bench/core_scale.svg`."""
+    rows = []
+    for size in SIZES[:-1] if quick else SIZES:
+        load = Load(size)
+        load.fill()
+        load.run(50)
+        found = [load.run(50 if quick else 200) for _ in range(5 if quick else 9)]
+        row = Row(f"pool of {size:,} blocks", "µs/prompt", Spread.of(prompt for prompt, _ in found))
+        row.extra = {
+            "ns/append": statistics.median(append for _, append in found),
+            "ms to make the pool": load.build_ms,
+        }
+        rows.append(row)
+    draw(rows)
+    text = [
+        f"A full pool that evicts for every request. A prompt of {HEAD_BLOCKS + OWN_BLOCKS} blocks of {BLOCK_SIZE} "
+        f"tokens, {HEAD_BLOCKS} of them cached: open, plan, commit, close; then {NEW_TOKENS} appends, of which every "
+        "sixteenth takes a new block. Processor time. The run draws `out/bench/core_scale.svg`.",
+    ]
+    return Table("core_scale", "Cost of an operation against the size of the pool", text, rows)
+
+
+if __name__ == "__main__":
+    sys.exit("run `python tests/bench/run.py --only core_scale`")
