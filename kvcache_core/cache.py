@@ -467,7 +467,7 @@ class BlockCache:
                 assert len(seq.nodes) == -(-seq.length // self.block_size)
                 if seq.room:
                     assert self._index.writer(seq.tip) is seq and self._moves.tails.is_private(seq)
-                    assert seq.room + seq.length % self.block_size == self.block_size - 1
+                    assert seq.room + seq.length % self.block_size == self.block_size
                 assert seq.length == 0 or self._index.fill(seq.nodes[-1]) >= (seq.length - 1) % self.block_size + 1
             self._index.check_valid(tips)
             for number, group in enumerate(self.groups):

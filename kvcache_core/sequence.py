@@ -60,7 +60,7 @@ class Sequence:
         self.max_length = 0
         """Blocks are reserved up to this length when there is room."""
         self.room = 0
-        """Tokens that may be appended without any check: the tail is this sequence's alone, and stays unfinished."""
+        """Tokens that may be appended without a look around: the tail is this sequence's alone, with so much space."""
         self.nodes: list[int] = []
         """Nodes of the prefix index, one per block that holds tokens."""
         self.tables: list[list[int]] = [[] for _ in range(num_groups)]

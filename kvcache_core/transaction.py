@@ -70,7 +70,7 @@ class Transactions:
             self.drop_behind_window(seq)
         elif self.tails.is_private(seq):
             self.index.claim(seq.nodes[-1], seq)
-            seq.room = self.block_size - 1 - seq.length % self.block_size
+            seq.room = self.block_size - seq.length % self.block_size
 
     def _commit_blocks(self, seq: Sequence, tokens: TokenArray) -> None:
         """Append full blocks [blocks, block_size] to a sequence that ends at a block's end, and publish them."""
@@ -102,9 +102,13 @@ class Transactions:
 
     def append_in_room(self, seq: Sequence, token: int) -> None:
         """Add a token to a sequence that has room."""
-        self.index.append_one(seq.nodes[-1], token)
+        tip = seq.nodes[-1]
+        self.index.append_one(tip, token)
         seq.length += 1
         seq.room -= 1
+        if not seq.room:
+            self.tails.publish(seq, len(seq.nodes) - 1)
+            self.move_tip(tip, seq.nodes[-1])
 
     def appendable(self, seq: Sequence) -> int:
         """Whether :meth:`append` can add a token: 0 no, it takes a step; NEEDS_BLOCK if there is one; 1 yes."""
