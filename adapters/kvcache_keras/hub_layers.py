@@ -19,7 +19,7 @@ from kvcache_keras.context import local
 from kvcache_keras.hub_seq2seq import memory_of
 from kvcache_keras.routes import Route, here, positions_like
 
-__all__ = ["ROUTES"]
+__all__ = ["LOGITS", "ROUTES"]
 
 _Tensor = Any
 _Given = dict[str, Any]
@@ -201,6 +201,9 @@ def _attention(groups: str | None, window: Callable[[Any], int | None] = _no_win
     return Route(_grouped("_inv_norm_factor", groups, window), "_compute_attention")
 
 
+LOGITS = Route(_logits)
+"""Of the token embedding of a KerasHub language model, whose reverse is the model's last layer."""
+
 ROUTES: Mapping[str, Route] = {
     "PositionEmbedding": _POSITIONS,
     "SinePositionEncoding": _POSITIONS,
@@ -224,5 +227,4 @@ ROUTES: Mapping[str, Route] = {
     "MoonshineMultiHeadAttention": Route(_moonshine),
     "BloomAttention": Route(_bloom),
     "FalconAttention": Route(_falcon),
-    "ReversibleEmbedding": Route(_logits),
 }

@@ -194,6 +194,12 @@ def _routes_in(model: Any) -> Iterator[tuple[Any, Route]]:
         route = _route_of(type(layer))
         if route is not None:
             yield layer, route
+    if type(model).__module__.startswith("keras_hub."):
+        from kvcache_keras.hub_layers import LOGITS
+
+        embedding = getattr(getattr(model, "backbone", model), "token_embedding", None)
+        if type(embedding) is keras.layers.ReversibleEmbedding:
+            yield embedding, LOGITS
 
 
 def _route_of(kind: type) -> Route | None:
