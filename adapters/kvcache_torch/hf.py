@@ -86,12 +86,12 @@ class HFCache(Cache):
     @property
     def batch_size(self) -> int:
         """B, or -1 before the first pass."""
-        return len(self.rows) or -1
+        return len(self.ids) or -1
 
     @property
     def is_initialized(self) -> bool:
         """Whether a pass was made."""
-        return bool(self.rows)
+        return bool(self.ids.size)
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -128,7 +128,7 @@ class HFCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times."""
-        self._select(np.repeat(np.arange(len(self.rows)), repeats).tolist())
+        self._select(np.repeat(np.arange(len(self.ids)), repeats).tolist())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` columns; a number above 0 is the length to keep, as it once was."""
@@ -136,8 +136,13 @@ class HFCache(Cache):
         length = columns + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, columns)
         if length < 0:
             raise InvalidInput(f"cannot crop {-tokens_to_remove} of {columns} tokens")
-        for row, kept in zip(self.rows, self.valid[:, :length].sum(axis=1).tolist(), strict=True):
-            row.truncate(kept)
+        try:
+            for row, kept in zip(self.rows, self.valid[:, :length].sum(axis=1).tolist(), strict=bool(self.rows)):
+                row.truncate(kept)
+        except InvalidInput:
+            # A window has let go of tokens that would be seen again, and they are evicted: the next call opens the
+            # rows anew from their ids.
+            self.replace([], self.ids, self.valid, self.shifts)
         self.ids, self.valid = self.ids[:, :length], self.valid[:, :length]
 
     def reset(self) -> None:
@@ -150,7 +155,7 @@ class HFCache(Cache):
     def _select(self, indices: Sequence[int]) -> None:
         taken: set[int] = set()
         rows = []
-        for index in indices:
+        for index in indices if self.rows else ():
             rows.append(self.rows[index].fork() if index in taken else self.rows[index])
             taken.add(index)
         at = np.asarray(indices, np.int64)

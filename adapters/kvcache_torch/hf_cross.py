@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,30 +63,35 @@ class CrossStates:
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple[bytes, bytes], list[tuple[Tensor, Tensor]]] = OrderedDict()
         self._batch: tuple[Any, EncoderDecoderCache] | None = None
+        self._lock = threading.Lock()
         self.computed = 0
         """Rows whose K and V were computed."""
 
     def view(self, own: StepCache, source: Source, namespace: bytes) -> EncoderDecoderCache:
         """What the decoder gets as its cache: its own step, and K and V of the source where they are kept."""
         key = (namespace, source.digests)
-        if self._batch is not None and self._batch[0] == key:
-            cross = self._batch[1].cross_attention_cache
-        else:
-            cross = DynamicCache()
+        with self._lock:
+            if self._batch is not None and self._batch[0] == key:
+                return EncoderDecoderCache(own, self._batch[1].cross_attention_cache)
             rows = [self._kept.get((namespace, digest)) for digest in source.digests]
-            if all(row is not None for row in rows):
-                for digest in source.digests:
+            for digest, row in zip(source.digests, rows, strict=True):
+                if row is not None:
                     self._kept.move_to_end((namespace, digest))
-                for layer, states in enumerate(zip(*rows, strict=True)):  # type: ignore[arg-type]
-                    cross.update(_together([k for k, _ in states]), _together([v for _, v in states]), layer)
+        cross = DynamicCache()
+        if all(row is not None for row in rows):
+            for layer, states in enumerate(zip(*rows, strict=True)):  # type: ignore[arg-type]
+                cross.update(_together([k for k, _ in states]), _together([v for _, v in states]), layer)
         return EncoderDecoderCache(own, cross)
 
     def keep(self, view: EncoderDecoderCache, source: Source, namespace: bytes) -> None:
         """After a step: keep what the decoder has computed."""
         key = (namespace, source.digests)
-        if self._batch is not None and self._batch[0] == key:
-            return
-        self._batch = (key, view)
+        with self._lock:
+            if self._batch is None or self._batch[0] != key:
+                self._batch = (key, view)
+                self._keep_rows(view, source, namespace)
+
+    def _keep_rows(self, view: EncoderDecoderCache, source: Source, namespace: bytes) -> None:
         for row, digest in enumerate(source.digests):
             if (namespace, digest) in self._kept:
                 continue

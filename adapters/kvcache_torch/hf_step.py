@@ -239,6 +239,7 @@ AttentionMaskInterface.register(IMPLEMENTATION, block_mask)
 
 _lock = threading.Lock()
 _originals: dict[int, str] = {}
+"""By id of a config; entries stay, for threads that have read our name just before it was taken back."""
 _users: dict[int, int] = {}
 
 
@@ -263,7 +264,7 @@ def implementation(configs: Iterable[Any]) -> Iterator[None]:
                 _users[id(config)] -= 1
                 if not _users[id(config)]:
                     del _users[id(config)]
-                    config._attn_implementation_internal = _originals.pop(id(config))
+                    config._attn_implementation_internal = _originals[id(config)]
 
 
 def _own_function(module: torch.nn.Module) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ in which they are called.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -97,12 +98,11 @@ class MemoryStates:
     def states(self, call: int, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
         """K and V of the ``call``-th attention over a memory in a forward pass."""
         key = (*self._key, call)
-        found = self._kept.get(key)
-        if found is None:
-            found = self._kept[key] = compute()
+        found = self._kept.pop(key, None)  # put back behind all others: as one used just now
+        self._kept[key] = found = compute() if found is None else found
+        with contextlib.suppress(KeyError):  # another thread may have been faster
             while len(self._kept) > _KEPT_AT_MOST:
                 self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
         return found
 
 

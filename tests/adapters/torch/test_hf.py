@@ -257,3 +257,18 @@ def test_attaching_again_goes_on_with_what_is_cached(ids: torch.Tensor) -> None:
         assert torch.equal(model.generate(ids, **GREEDY, past_key_values=HFCache(cache)), expected)
         cache.detach()
     assert cache.stats().hit_tokens == 2 * 14
+
+
+def test_a_crop_behind_a_window_whose_tokens_are_evicted(ids: torch.Tensor) -> None:
+    model = decoder("Mistral")
+    cache = KVCache(size=26, block_size=4)
+    cache.attach(model)
+    kept = HFCache(cache)
+    with torch.no_grad():
+        model(torch.cat([ids, ids], dim=1), cache=kept, logits_to_keep=1)
+        model.generate(ids.flip(0), max_new_tokens=12, do_sample=False, past_key_values=HFCache(cache))
+        kept.crop(-12)
+        more = torch.full((2, 1), 7)
+        cached = model(more, cache=kept, position_ids=torch.full((2, 1), 18)).logits
+        plain = model(torch.cat([ids, ids[:, :3], more], dim=1)).logits[:, -1:]
+    assert torch.allclose(cached, plain, atol=1e-5)
