@@ -10,6 +10,9 @@ from kvcache_core.types import BlockArray
 
 __all__ = ["FreeRuns"]
 
+_LOOK = 8
+"""Entries of the queue that are looked at for a run of the wanted length."""
+
 
 class FreeRuns:
     """Which of the ids 1 .. num_blocks are free; gives them out in adjacent runs.
@@ -50,12 +53,22 @@ class FreeRuns:
         return self._take(start, limit)
 
     def take_run(self, limit: int) -> list[int]:
-        """A run of adjacent free blocks, at most ``limit``; there must be a free block."""
-        while True:
-            start = self._starts.popleft()
-            self._queued.discard(start)
-            if self._free[start]:
-                return self._take(start, limit)
+        """A run of adjacent free blocks, at most ``limit``; there must be a free block.
+
+        A run that holds all of ``limit`` comes first, if one of the next few in the queue does.
+        """
+        starts, free = self._starts, self._free
+        while not free[starts[0]]:
+            self._queued.discard(starts.popleft())
+        for at in range(min(_LOOK, len(starts))):
+            if free[starts[at]] and self.longest(starts[at], limit) == limit:
+                break
+        else:
+            at = 0
+        start = starts[at]
+        del starts[at]
+        self._queued.discard(start)
+        return self._take(start, limit)
 
     def put(self, blocks: BlockArray) -> None:
         """Make blocks free; given in any order."""

@@ -47,6 +47,24 @@ def test_the_block_behind_comes_first():
     assert pool.take(3, after=first[-1])[0] == [3, 4, 5]
 
 
+def test_a_run_that_holds_all_comes_before_pieces():
+    pool = BlockPool(12)
+    taken, _ = pool.take(12)
+    pool.release(taken[:2])
+    pool.release(taken[4:5])
+    pool.release(taken[7:11])
+    assert pool.take(4)[0] == [8, 9, 10, 11]
+    assert pool.take(3)[0] == [1, 2, 5]
+    pool.check_valid()
+
+
+def test_rows_that_take_equally_many_lie_equally_spaced():
+    pool = BlockPool(40)
+    rows = [pool.take(5)[0] for _ in range(4)]
+    assert [row[0] for row in rows] == [1, 6, 11, 16]
+    assert all(row == list(range(row[0], row[0] + 5)) for row in rows)
+
+
 def test_a_recycled_pool_hands_out_adjacent_blocks_again():
     pool = BlockPool(8)
     taken, _ = pool.take(8)
