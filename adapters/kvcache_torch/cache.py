@@ -23,6 +23,7 @@ from kvcache_torch.context import local
 from kvcache_torch.driver import AttachedForward, Driver, device_of, driver_of, evaluating, logits_of
 from kvcache_torch.fingerprint import Fingerprint, Parked
 from kvcache_torch.intercept import Extras
+from kvcache_torch.kernels import use_native
 from kvcache_torch.linear import pack_weights as pack
 from kvcache_torch.linear import unpack_weights as unpack
 from kvcache_torch.recompute import recompute, target_scores, widened
@@ -140,9 +141,10 @@ class KVCache(FrontendCache):
         """Make decode steps of the attached model faster, at the price of compiling them once.
 
         Steps of one token per row then run through ``torch.compile``: one graph for a single row, one for any larger
-        number, each compiled at its first use. Prompts and ``model(x)`` run as before. Where nothing can be compiled
-        (no C++ compiler on a CPU) a warning says so and steps run as before. Call it again after attaching another
-        model.
+        number, each compiled at its first use. On a CPU, attention of few queries runs in a kernel that is compiled for
+        this machine and used by the whole process. Prompts and ``model(x)`` run as before. Where nothing can be
+        compiled (no C++ compiler on a CPU) a warning says so and steps run as before. Call it again after attaching
+        another model.
 
         Args:
             pack_weights: on a CPU, also keep a copy of every float32 matrix in the order that is read fastest when
@@ -158,6 +160,7 @@ class KVCache(FrontendCache):
         if problem:
             warnings.warn(f"decode steps are not compiled: {problem}", KVCacheWarning, stacklevel=2)
         else:
+            use_native()
             self._driver.compile()
 
     def invalidate(self) -> None:

@@ -55,7 +55,11 @@ def test_exactly_three_packages(wheel: zipfile.ZipFile) -> None:
 def test_each_package_is_whole_and_typed(wheel: zipfile.ZipFile, root: Path, package: str) -> None:
     """Every module of the checkout is there: a sub-package that pyproject.toml does not list would be left out."""
     folder = root / PACKAGES[package]
-    expected = {f"{package}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")}
+    expected = {
+        f"{package}/{path.relative_to(folder).as_posix()}"
+        for path in folder.rglob("*.*")
+        if path.suffix in (".py", ".c")
+    }
     shipped = {name for name in wheel.namelist() if name.startswith(f"{package}/")}
     assert f"{package}/__init__.py" in expected
     assert shipped == expected | {f"{package}/py.typed"}

@@ -12,6 +12,7 @@ from kvcache_core import BlockCache, BlockLayout, LayerSpec
 from kvcache_core.attention import cached_attention
 from kvcache_core.store import NumpyStore
 from kvcache_torch import TensorStore, kernels, reading
+from kvcache_torch.native import load
 from kvcache_torch.step import Step
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -69,8 +70,11 @@ class Twin:
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data())
 def test_any_tree_of_rows_equals_the_reference(dtype, data):
+    grow_a_tree(dtype, data.draw)
+
+
+def grow_a_tree(dtype, draw):
     """Rows fork from each other at random, grow by ragged numbers of tokens, and are stepped together."""
-    draw = data.draw
     size = draw(st.integers(1, 5))
     twin = Twin(
         dtype,
@@ -123,3 +127,36 @@ def test_portable_kernel_gives_what_the_native_one_gives():
         portable = kernels.attend_with_lse(q, k, wider, None, causal=causal, mask=added)
         torch.testing.assert_close(portable[0][..., :8], native[0], atol=2e-6, rtol=1e-5)
         torch.testing.assert_close(portable[1], native[1], atol=2e-6, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def native():
+    kernel = load()
+    if kernel is None:
+        pytest.skip("needs a C compiler")
+    return kernel
+
+
+@given(data=st.data())
+def test_native_kernel_equals_float64(native, data):
+    """Strided K and V of any size; the error is no larger than the native PyTorch kernel's, but for chance."""
+    rows, heads, queries = (data.draw(st.integers(1, 3)) for _ in range(3))
+    size, width = data.draw(st.integers(1, 700)), data.draw(st.sampled_from([1, 7, 64, 80, 128]))
+    torch.manual_seed(0)
+    pool = torch.randn(2, heads, rows * (size + 3), width)
+    strides = ((size + 3) * width, rows * (size + 3) * width, width, 1)
+    k, v = (array.as_strided((rows, heads, size, width), strides, array.storage_offset()) for array in pool)
+    q = torch.randn(rows, heads, queries, width)
+    assert native.serves(q, k, v)
+    result, lse = native(q, k, v, None)
+    scores = q.double() @ k.double().transpose(-1, -2) * width**-0.5
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=3e-6, rtol=1e-6)
+    torch.testing.assert_close(result.double(), scores.softmax(-1) @ v.double(), atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data())
+def test_any_tree_with_the_native_kernel(native, dtype, data):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_native", [native])
+        grow_a_tree(dtype, data.draw)
