@@ -19,7 +19,6 @@ import numpy as np
 import tensorflow as tf
 
 from kvcache_keras.context import outside
-from kvcache_keras.kernels import attend
 from kvcache_keras.routes import positions_like
 
 __all__ = ["FAMILIES", "Family", "Memory", "memory_of"]
@@ -52,7 +51,7 @@ class Family:
 
 @dataclass(frozen=True)
 class _Input:
-    """What is kept of one encoder input: K/V [H, 1, S, D] per layer, and what of it is no padding, bool [1, S]."""
+    """What is kept of one encoder input: K/V [1, H, S, D] per layer, and what of it is no padding, bool [1, S]."""
 
     keys: list[_Tensor]
     values: list[_Tensor]
@@ -107,8 +106,8 @@ class Memory:
             return
         rows = [self._kept[digest] for digest in wanted]
         for at in range(len(self._layers)):
-            self._keys[at].assign(tf.concat([row.keys[at] for row in rows], axis=1))
-            self._values[at].assign(tf.concat([row.values[at] for row in rows], axis=1))
+            self._keys[at].assign(tf.concat([row.keys[at] for row in rows], axis=0))
+            self._values[at].assign(tf.concat([row.values[at] for row in rows], axis=0))
         self._mask.assign(tf.concat([row.mask for row in rows], axis=0))
         self._bound = wanted
 
@@ -122,9 +121,13 @@ class Memory:
 
     def attend(self, at: int, q: _Tensor) -> _Tensor:
         """Cross-attention of layer ``at``: q [B, T, H, D] -> [B, T, H, Dv]."""
-        layer = self._layers[at]
-        keys, values = self._keys[at].read_value(), self._values[at].read_value()
-        return attend(q, keys, values, self._mask.read_value()[:, None, :], layer._inverse_sqrt_key_dim, None)
+        keys, values = self._keys[at].read_value(), self._values[at].read_value()  # B is 1 if all rows see the same
+        scale = tf.constant(self._layers[at]._inverse_sqrt_key_dim, q.dtype)
+        scores = tf.matmul(tf.transpose(q * scale, (0, 2, 1, 3)), keys, transpose_b=True)
+        scores = tf.cast(scores, tf.float32) if scores.dtype.size < 4 else scores
+        scores = tf.where(self._mask.read_value()[:, None, None, :], scores, scores.dtype.min)
+        y = tf.matmul(tf.cast(tf.nn.softmax(scores), values.dtype), values)
+        return tf.transpose(y, (0, 2, 1, 3))
 
     def _read(self, *arrays: _Tensor) -> _Input:
         with outside():
@@ -134,8 +137,8 @@ class Memory:
             else:
                 hidden, mask = encoded, arrays[1] if len(arrays) > 1 else tf.ones(encoded.shape[:2], tf.bool)
             return _Input(
-                [tf.transpose(layer._key_dense(hidden), (2, 0, 1, 3)) for layer in self._layers],
-                [tf.transpose(layer._value_dense(hidden), (2, 0, 1, 3)) for layer in self._layers],
+                [tf.transpose(layer._key_dense(hidden), (0, 2, 1, 3)) for layer in self._layers],
+                [tf.transpose(layer._value_dense(hidden), (0, 2, 1, 3)) for layer in self._layers],
                 tf.cast(mask, tf.bool),
             )
 
@@ -145,9 +148,9 @@ def _backbone(model: Any) -> Any:
 
 
 def _bank(layer: Any, size: int) -> tf.Variable:
-    """Room for K or V [H, B, S, D] of one layer."""
-    zeros = tf.zeros((layer._num_heads, 1, 1, size), layer.compute_dtype)
-    return tf.Variable(zeros, shape=(layer._num_heads, None, None, size), trainable=False)
+    """Room for K or V [B, H, S, D] of one layer."""
+    zeros = tf.zeros((1, layer._num_heads, 1, size), layer.compute_dtype)
+    return tf.Variable(zeros, shape=(None, layer._num_heads, None, size), trainable=False)
 
 
 _MEMORIES: weakref.WeakKeyDictionary[Any, tuple[Memory, int]] = weakref.WeakKeyDictionary()

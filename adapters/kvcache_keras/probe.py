@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kvcache_core.errors import InvalidInput
 from kvcache_keras.context import stepping
-from kvcache_keras.kernels import attend, causal_mask
+from kvcache_keras.kernels import causal_mask
 from kvcache_keras.routes import here
 from kvcache_keras.tokenmodel import FORWARDS, run_model
 
@@ -62,15 +62,21 @@ class _Part:
         scale: float | None,
         softcap: float | None,
     ) -> _Tensor:
-        """Attention over the past and the new tokens."""
+        """Attention over the past and the new tokens, written out: nothing that it is to check computes it."""
         layer = self._layers if layer is None else layer
         self._layers += 1
         if layer in self._past:
             k, v = (tf.concat((old, new), axis=1) for old, new in zip(self._past[layer], (k, v), strict=True))
         self._past[layer] = k, v
+        k, v = (tf.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+        scores = tf.einsum("bthd,bshd->bhts", q, k) * tf.constant(
+            q.shape[3] ** -0.5 if scale is None else scale, q.dtype
+        )
+        if softcap is not None:
+            scores = softcap * tf.tanh(scores / softcap)
         mask = causal_mask(self.positions, tf.range(k.shape[1])[None], window)
-        k, v = (tf.transpose(x, (2, 0, 1, 3)) for x in (k, v))
-        return attend(q, k, v, mask, scale, softcap)
+        weights = tf.nn.softmax(tf.where(mask[:, None], scores, scores.dtype.min))
+        return tf.einsum("bhts,bshd->bthd", weights, v)
 
 
 def check_in_parts(model: Any, vocab_size: int | None, dtype: str) -> None:
