@@ -124,11 +124,14 @@ class TierStack:
         if promote not in ("auto", "always"):
             raise InvalidInput(f"promote must be 'auto' or 'always', got {promote!r}")
         self.tiers: list[Tier] = []
+        self._own: list[Tier] = []
         try:
             for tier in tiers:
                 self.tiers.append(open_tier(tier))
+                if self.tiers[-1] is not tier:
+                    self._own.append(self.tiers[-1])
         except BaseException:
-            for opened in self.tiers:
+            for opened in self._own:
                 opened.close()
             raise
         for tier in self.tiers[:-1]:
@@ -454,14 +457,17 @@ class TierStack:
         return self.stats[target].errors == errors
 
     def close(self, timeout: float = 5.0, *, everything: bool = True) -> bool:
-        """Flush within ``timeout`` seconds and let go of every tier; whether nothing was lost."""
+        """Flush within ``timeout`` seconds and let go of every tier; whether nothing was lost.
+
+        Tiers that were handed over as objects stay open: they belong to whoever made them.
+        """
         deadline = time.monotonic() + timeout
         done = self.flush(timeout, everything=everything)
         done = self.queue.close(deadline) and done
         if self._core is not None and self._core.on_evict == self.demote:
             self._core.on_evict = None
         self._core = self._store = None
-        for tier in self.tiers:
+        for tier in self._own:
             tier.close()
         return done
 
