@@ -30,6 +30,9 @@ ORDER = (
     "core_workload",
     "core_scale",
     "core_trace",
+    "tiers_restore",
+    "tiers_step",
+    "tiers_trace",
 )
 
 HEAD = """# Performance

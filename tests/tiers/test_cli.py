@@ -1,0 +1,113 @@
+"""The command line over real tiers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+typer_testing = pytest.importorskip("typer.testing")
+
+from kvcache_core.cli import app  # noqa: E402
+from kvcache_core.tiers import open_tier  # noqa: E402
+from tests.tiers.test_tiering import WEIGHTS, Cache, prompt  # noqa: E402
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    done = typer_testing.CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+    return done.exit_code, done.output
+
+
+@pytest.fixture
+def url(tmp_path):
+    url = f"disk:{tmp_path}?max=8MiB"
+    cache = Cache(20, [url])
+    cache.run(prompt(1))
+    cache.run(prompt(2), b"tenant")
+    assert cache.stack.close()
+    return url
+
+
+def test_inspect_shows_what_is_there(url):
+    code, text = run("inspect", url)
+    assert code == 0
+    assert WEIGHTS.hex() in text
+    row = next(line for line in text.splitlines() if WEIGHTS.hex() in line)
+    assert [cell.strip() for cell in row.split("│")[2:4]] == ["block", "20"]
+
+
+def test_verify_finds_the_damaged_one(url):
+    assert run("inspect", url, "--verify")[0] == 0
+    tier = open_tier(url)
+    key = next(tier.items()).key
+    value = bytearray(tier.get_many([key])[0] or b"")
+    value[-40] ^= 1
+    tier.put_many([(key, bytes(value)), (b"foreign", b"something else")])
+    tier.close()
+    code, text = run("inspect", url, "--verify")
+    assert code == 1
+    assert "not of this library" in text
+    assert next(line for line in text.splitlines() if WEIGHTS.hex() in line).split("│")[-2].strip() == "1"
+
+
+def test_prune(url):
+    assert "deleted 0 blocks" in run("inspect", url, "--prune", "--older-than", "1h")[1]
+    assert "deleted 0 blocks" in run("inspect", url, "--prune", "--model", "ffff")[1]
+    assert "deleted 0 blocks" in run("inspect", url, "--prune", "--down-to", "1MiB")[1]
+    first = next(
+        line for line in run("inspect", url, "--prune", "--down-to", "5kB")[1].splitlines() if "deleted" in line
+    )
+    assert 0 < int(first.split()[1]) < 20
+    assert "deleted" in run("inspect", url, "--prune", "--model", WEIGHTS.hex()[:6])[1]
+    tier = open_tier(url)
+    assert list(tier.items()) == []
+    tier.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["floppy:a"], "unknown scheme"),
+        (["disk:"], "needs a folder"),
+        (["URL", "--prune"], "--prune needs to know what"),
+        (["URL", "--prune", "--older-than", "soon"], "an age is a number"),
+        (["URL", "--prune", "--model", "smollm"], "first letters of its weights"),
+        (["URL", "--prune", "--down-to", "little"], "memory must be a size"),
+    ],
+)
+def test_bad_input_is_one_clear_line(url, arguments, message):
+    code, text = run("inspect", *(url if one == "URL" else one for one in arguments))
+    assert code == 2
+    assert message in text
+
+
+def test_plan():
+    code, text = run("plan", "--layers", "30", "--heads", "3", "--head-size", "64", "--memory", "2GiB")
+    assert code == 0
+    assert "737,280" in text
+    assert "KVCache(size=2911)" in text
+    assert run("plan", "--layers", "1", "--heads", "0", "--head-size", "64")[0] == 2
+    assert run("plan", "--layers", "1", "--heads", "1", "--head-size", "64", "--memory", "1kB")[0] == 2
+
+
+def test_simulate(tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    prompts = [[1, 2, 3, 4], [5, 6, 7, 8], [1, 2, 3, 9], [5, 6, 7, 8]]
+    trace.write_text("\n".join(json.dumps({"hash_ids": one}) for one in prompts))
+    code, text = run("simulate", str(trace), "--pool", "4", "--tier", "100%")
+    assert code == 0
+    assert "4 requests" in text
+    cells = {row.split("│")[1].strip(): row.split("│")[3].strip() for row in text.splitlines() if row.count("│") == 5}
+    assert cells == {"pool": "0", "tier 1": "6", "computed": "10"}
+    trace.write_text("{}")
+    assert "line 1: no JSON object with hash_ids" in run("simulate", str(trace))[1]
+    assert run("simulate", str(tmp_path / "nowhere"))[0] == 2
+    trace.write_text('{"hash_ids": [1]}')
+    assert "a capacity is a number of blocks" in run("simulate", str(trace), "--pool", "some")[1]
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "kvcache_core", "--help"], capture_output=True, text=True, check=True)
+    assert "inspect" in done.stdout
