@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -9,11 +10,11 @@ from collections.abc import Sequence as _Sequence
 
 import numpy as np
 
-from kvcache_core.errors import CacheFull, InvalidInput, SequenceClosed, StaleSequence, StepError
+from kvcache_core.errors import CacheFull, InvalidInput, SequenceClosed, StaleSequence, StepError, UsageError
 from kvcache_core.eviction import Blocks
 from kvcache_core.inputs import MAX_TOKEN, check_salt, checked_extras, token_array, whole
 from kvcache_core.layout import BlockLayout
-from kvcache_core.match import LayerGroup, match_prefix
+from kvcache_core.match import LayerGroup, first_visible_block, match_prefix
 from kvcache_core.placement import Placement
 from kvcache_core.plan import Reservation, StepPlan
 from kvcache_core.pool import BlockPool, PoolResize, check_size
@@ -88,6 +89,7 @@ class BlockCache:
         self._placement = Placement(self._room)
         self._moves = Transactions(tails)
         self._lock = threading.RLock()
+        self.saver: Callable[[Sequence, str | os.PathLike[str]], None] | None = None
         self._open: dict[SeqId, Sequence] = {}
         self._next_id = 0
         self._hit_tokens = 0
@@ -102,6 +104,14 @@ class BlockCache:
     def lock(self) -> threading.RLock:
         """Held by every method; hold it to do several things as one."""
         return self._lock
+
+    def save(self, seq: Sequence, path: str | os.PathLike[str]) -> None:
+        """Write a sequence's state to a file, if a store is behind this cache (an adapter's ``KVCache``)."""
+        self._check_mine(seq)
+        seq.check_usable("save")
+        if self.saver is None:
+            raise UsageError("this cache keeps no tensors: save sequences of an adapter's KVCache")
+        self.saver(seq, path)
 
     @property
     def on_evict(self) -> Callable[[list[Evicted]], None] | None:
@@ -256,15 +266,38 @@ class BlockCache:
                 rows = self._room.reserve(pairs)
             return StepPlan(rows, self._windows[:used], self.block_size)
 
-    def commit(self, plan: StepPlan) -> None:
+    def commit(self, plan: StepPlan, *, unwritten: _Sequence[int] = ()) -> None:
         """The step's arrays are written: append its tokens, publish full blocks, drop what windows passed.
+
+        Args:
+            plan: the step.
+            unwritten: per layer group, so many leading blocks of each row's table have not been written: a window has
+                passed them. They are not published.
 
         Raises:
             StepError: the plan was committed or rolled back before.
+            InvalidInput: a block that is still visible is said to be unwritten; nothing was changed.
         """
         with self._lock:
+            skipped = self._unwritten(plan, unwritten) if any(unwritten) else []
             for row in self._finish(plan, "commit"):
                 self._moves.commit(row)
+            for number, block in skipped:
+                if self._index.node(number, block):
+                    self.groups[number].pool.unmark_findable(block)
+                    self._index.detach(number, block)
+
+    def _unwritten(self, plan: StepPlan, counts: _Sequence[int]) -> list[tuple[int, int]]:
+        """(layer group, block) of the plan's new blocks that hold nothing."""
+        found: list[tuple[int, int]] = []
+        for row in plan.rows:
+            seq, end = row.seq, row.seq.length + len(row.tokens)
+            for number, count in enumerate(counts):
+                if count > first_visible_block(end, self.groups[number].window, self.block_size):
+                    raise InvalidInput(f"layer group {number} can still see some of its {count} unwritten blocks")
+                table = seq.tables[number][seq.length // self.block_size : count]
+                found += [(number, block) for block in table if block]
+        return found
 
     def rollback(self, plan: StepPlan) -> None:
         """Undo :meth:`plan`: every sequence is as it was, every reserved block is back.

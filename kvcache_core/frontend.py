@@ -24,11 +24,13 @@ from numpy.typing import NDArray
 from kvcache_core.activation import ActivationSite, Bypassed
 from kvcache_core.admission import Admission, admission
 from kvcache_core.analysis import Advice
+from kvcache_core.blockformat import secret_from_environment
 from kvcache_core.cache import BlockCache
-from kvcache_core.errors import CacheFull, InvalidInput, InvalidType, KVCacheWarning, UsageError
+from kvcache_core.errors import CacheFull, InvalidInput, InvalidType, KVCacheWarning, StaleSequence, UsageError
 from kvcache_core.identity import named_identity, weights_identity
 from kvcache_core.layout import BlockLayout, LayerSpec
 from kvcache_core.plan import StepPlan
+from kvcache_core.saving import load_sequence, save_sequence
 from kvcache_core.sequence import Sequence as CachedSequence
 from kvcache_core.sites import Sites
 from kvcache_core.sizes import parse_memory
@@ -290,6 +292,7 @@ class FrontendCache(Stepping):
             # Another model, or another layout: what is stored does not fit it.
             self._core = self._store = self.spec = None
         self._served = weakref.ref(model)
+        self._identified = None
         self.model, self.outputs, self.identity = model, outputs, identity
         self._kind, self._site_options = kind or ("tokens" if self._core is not None else None), options
         return model
@@ -416,6 +419,8 @@ class FrontendCache(Stepping):
             core = BlockCache(int(num_blocks or 0), layout=layout, namespace=namespace)
             if self._tiers is not None:
                 self._tiers.bind(core, self._store)
+            myself = weakref.ref(self)
+            core.saver = lambda seq, path: myself()._save(seq, path)  # type: ignore[union-attr]
             self._core = core
 
     def _blocks_in(self, layout: BlockLayout, memory: int | None = None) -> int:
@@ -450,11 +455,15 @@ class FrontendCache(Stepping):
 
     def _portable_identity(self) -> bytes:
         """The weights' identity for other processes; computed again only after a change was noticed."""
-        name = self.identity
-        mark = self._epoch + (self._fingerprint(self.model) if name is None else b"name " + name.encode())
+        mark = self._epoch + self._fingerprint(self.model)
         known = self._identified
         if known is None or known[0] != mark:
-            weights = weights_identity(self._parameters(self.model)) if name is None else named_identity(name)
+            if self.identity is None:
+                weights = weights_identity(self._parameters(self.model))
+            else:
+                # The name was given for the weights as they were: changed ones are nobody's but this process's.
+                changed = "" if known is None else os.urandom(16).hex()
+                weights = named_identity(self.identity + changed)
             known = self._identified = (mark, weights)
         return known[1]
 
@@ -677,6 +686,29 @@ class FrontendCache(Stepping):
         self._closer.detach()
         tiers, self._tiers = self._tiers, None
         return tiers.close(timeout)
+
+    def load(self, path: str | os.PathLike[str]) -> CachedSequence:
+        """The sequence that ``sequence.save(path)`` wrote, in this framework or the other one.
+
+        Raises:
+            BlockRefused: the file is damaged, or of other weights, another layout or another salt.
+            CacheFull: no room; nothing was changed.
+        """
+        self.refresh()
+        return load_sequence(
+            self.core,
+            self.store,
+            path,
+            weights=self._portable_identity(),
+            salt=self.salt,
+            secret=secret_from_environment(),
+        )
+
+    def _save(self, seq: CachedSequence, path: str | os.PathLike[str]) -> None:
+        if seq.namespace != self.core.namespace:
+            raise StaleSequence(f"cannot save {seq!r}: the weights changed since it was opened")
+        weights = self._portable_identity()
+        save_sequence(self.core, self.store, seq, path, weights=weights, secret=secret_from_environment())
 
     def tier_stats(self) -> list[TierStats]:
         """What each tier has done for this cache, nearest first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -99,6 +100,10 @@ class Sequence:
     def truncate(self, length: int) -> None:
         """Forget every token from position ``length`` on, for example rejected speculative tokens."""
         self._cache.truncate(self, length)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state of all tokens to a file that :meth:`KVCache.load` of either framework reads."""
+        self._cache.save(self, path)
 
     def close(self) -> None:
         """Give the blocks back; what they hold stays findable until it is evicted."""

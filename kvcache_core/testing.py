@@ -17,8 +17,9 @@ from kvcache_core.errors import InvalidInput
 from kvcache_core.frontend import FrontendCache
 from kvcache_core.generation import generate_tokens
 from kvcache_core.options import GenerateOptions
+from kvcache_core.tier_contract import check_tier
 
-__all__ = ["CacheReport", "assert_cached_equals_recompute"]
+__all__ = ["CacheReport", "assert_cached_equals_recompute", "check_tier"]
 
 _Array = NDArray[Any]
 _EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -265,6 +266,14 @@ class TierStack:
 
     def _promote_chunk(self, core: BlockCache, seq: CachedSequence, wanted: list[list[_Wanted]]) -> bool:
         """Promote the head of ``wanted`` that is there, in one transaction; whether that was all of it."""
+        with ExitStack() as leases:
+            for tier in self.tiers:
+                with suppress(Exception):  # reading from it says what is wrong
+                    leases.enter_context(tier.lease())
+            return self._import(core, seq, wanted)
+
+    def _import(self, core: BlockCache, seq: CachedSequence, wanted: list[list[_Wanted]]) -> bool:
+        """:meth:`_promote_chunk` while the tiers' values are valid."""
         found = self._fetch(core, seq, wanted)
         if not found:
             return False

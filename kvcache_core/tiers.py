@@ -6,6 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from urllib.parse import parse_qsl, urlsplit
@@ -61,6 +62,10 @@ class Tier(ABC):
     @abstractmethod
     def put_many(self, items: Sequence[Item]) -> list[Item]:
         """Store values; returns those that were dropped for room, if they are worth handing to the next tier."""
+
+    def lease(self) -> AbstractContextManager[None]:
+        """Inside, what :meth:`get_many` returns to this thread may be views that end with it: saves a copy."""
+        return nullcontext()
 
     def contains(self, key: bytes) -> bool:
         """Whether the key is surely there, if that can be said at once and without waiting."""

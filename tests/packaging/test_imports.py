@@ -19,7 +19,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("types",),
     ("keys", "stats", "admission", "tree", "weights", "worth", "analysis"),
     ("inputs", "layout"),
-    ("blockformat",),
+    ("blockformat", "statefile"),
     ("runs", "nodes"),
     ("pool", "blocktree"),
     ("prefix",),
@@ -35,6 +35,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("transaction", "placement"),
     ("cache",),
     ("store",),
+    ("saving",),
     ("tiers",),
     ("tier_disk", "tier_valkey"),
     ("demotion", "tier_contract", "simulate"),
@@ -63,6 +64,8 @@ TYPE_ONLY: dict[tuple[str, str], str] = {
 # Modules that need an extra. No other module may import them, so nobody pays for what they did not ask for.
 OPTIONAL: dict[str, frozenset[str]] = {
     "cli": frozenset({"typer", "rich"}),
+    "tier_disk": frozenset({"lmdb"}),
+    "tier_valkey": frozenset({"valkey"}),
 }
 
 

@@ -1,0 +1,346 @@
+"""The tier on disk: LMDB, one file shared by several processes, least recently used first out. Extra ``disk``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from kvcache_core.blockformat import Buffer
+from kvcache_core.errors import InvalidInput, TierError
+from kvcache_core.sizes import parse_memory
+from kvcache_core.tiers import Item, StoredItem, Tier, url_options
+
+try:
+    import lmdb
+except ImportError as error:
+    raise ImportError('a disk tier needs lmdb: pip install "kvcache-core[disk]"') from error
+
+__all__ = ["DiskTier", "open_disk_tier"]
+
+_DEFAULT_MAX = 20 << 30
+_MINIMUM = 1 << 20
+_FORMAT = b"kvcache-disk-1"
+_STATE = struct.Struct("<QQ")  # bytes of all keys and values; the next number in the order of use
+_RECORD = struct.Struct("<QQQ")  # a key's number in the order of use, bytes, hits
+_ORDER = struct.Struct(">Q")
+_TOUCHES = 256
+"""So many keys that were read wait before their order is written."""
+_CHECK = """
+import sys, lmdb
+env = lmdb.open(sys.argv[1], max_dbs=4, readonly=True, lock=False, create=False)
+with env.begin(buffers=True) as txn:
+    for name in (b"values", b"records", b"order"):
+        db = env.open_db(name, txn=txn, create=False)
+        for key, value in txn.cursor(db):
+            len(value) and (value[0], value[-1])
+"""
+
+
+def open_disk_tier(url: str) -> DiskTier:
+    """A :class:`DiskTier` from ``disk:PATH?max=20GiB&sync=off``."""
+    options = url_options(url, ("max", "sync"))
+    path = unquote(url.partition(":")[2].partition("?")[0])
+    if not path:
+        raise InvalidInput(f"tier {url!r} needs a folder: 'disk:PATH?max=20GiB'")
+    try:
+        size = parse_memory(options["max"]) if "max" in options else _DEFAULT_MAX
+    except InvalidInput as error:
+        raise InvalidInput(f"tier {url!r}: {error}") from None
+    if options.get("sync", "on") not in ("on", "off"):
+        raise InvalidInput(f"tier {url!r}: sync must be 'on' or 'off', got {options['sync']!r}")
+    return DiskTier(path, size, sync=options.get("sync", "on") == "on")
+
+
+class DiskTier(Tier):
+    """Values in an LMDB file.
+
+    Every write is a transaction, so a process may be killed at any moment. With ``sync`` a power cut loses the last
+    transactions and nothing else; without, it may cost the file, which is then started anew.
+
+    A file that is damaged when it is opened (checked by reading it in another process, since a damaged file can
+    crash the one that reads it) is set aside as ``*.damaged`` and a new one is begun.
+
+    Args:
+        path: a folder; made if it is not there. Other processes may have it open.
+        max_bytes: budget for keys and values; the least recently used ones are deleted. The file is up to a quarter
+            larger.
+        sync: whether each transaction waits for the disk.
+
+    Raises:
+        InvalidInput: a budget below 1 MiB, or a path that is no folder or cannot be written.
+        TierError: the file cannot be opened.
+    """
+
+    persistent = True
+
+    def __init__(self, path: str | os.PathLike[str], max_bytes: int = _DEFAULT_MAX, *, sync: bool = True) -> None:
+        self.path = Path(path).absolute()
+        self.name = f"disk:{path}"
+        if max_bytes < _MINIMUM:
+            raise InvalidInput(f"tier {self.name!r}: max must be at least 1 MiB, got {max_bytes} bytes")
+        self.max_bytes = max_bytes
+        self._sync = sync
+        self._lock = threading.Lock()
+        self._touched: dict[bytes, int] = {}
+        self._leased = threading.local()
+        _make_folder(self.path, self.name)
+        self._env: Any = None
+        self._shared = _Shared.open(self.path, self.name, max_bytes, sync)
+        self._env, self._values, self._records, self._order, self._meta = self._shared.handles
+
+    def get_many(self, keys: Sequence[bytes]) -> list[Buffer | None]:
+        """The value of each key, or None: one transaction."""
+        with self._reading() as txn:
+            found: list[Buffer | None] = [txn.get(key, db=self._values) for key in keys]
+        with self._lock:
+            for key, value in zip(reversed(keys), reversed(found), strict=True):
+                if value is not None:
+                    hits = self._touched.pop(key, 0)
+                    self._touched[key] = hits + 1
+            full = len(self._touched) >= _TOUCHES
+        if full:
+            with self._writing() as txn:
+                self._write_touches(txn)
+        return found
+
+    def contains(self, key: bytes) -> bool:
+        """Whether the key is there."""
+        with self._reading() as txn:
+            return txn.get(key, db=self._records) is not None
+
+    def put_many(self, items: Sequence[Item]) -> list[Item]:
+        """Store values in one transaction, after making room; returns what was deleted if there is a tier below."""
+        try:
+            return self._put(items, self.max_bytes)
+        except lmdb.MapFullError:
+            # The free pages lie scattered: make more of them and try once more.
+            with self._writing() as txn:
+                used, _ = self._state(txn)
+                self._make_room(txn, used - used // 4, used)
+            return self._put(items, self.max_bytes)
+
+    def _put(self, items: Sequence[Item], budget: int) -> list[Item]:
+        dropped: list[Item] = []
+        with self._writing() as txn:
+            self._write_touches(txn)
+            used, number = self._state(txn)
+            for key, value in items:
+                size = len(key) + len(value)
+                if size > budget:
+                    dropped.append((key, value))
+                    continue
+                used -= self._delete(txn, key)
+                if used + size > budget:
+                    used, gone = self._make_room(txn, budget - size, used)
+                    dropped += gone
+                txn.put(key, value, db=self._values)
+                txn.put(key, _RECORD.pack(number, size, 0), db=self._records)
+                txn.put(_ORDER.pack(number), key, db=self._order)
+                used, number = used + size, number + 1
+            txn.put(b"state", _STATE.pack(used, number), db=self._meta)
+        return dropped
+
+    def delete_many(self, keys: Sequence[bytes]) -> int:
+        """Forget values; returns how many there were."""
+        with self._writing() as txn:
+            used, number = self._state(txn)
+            sizes = [self._delete(txn, key) for key in keys]
+            txn.put(b"state", _STATE.pack(used - sum(sizes), number), db=self._meta)
+        return sum(size > 0 for size in sizes)
+
+    def items(self, head_bytes: int = 0) -> Iterator[StoredItem]:
+        """What lies in the file, least recently used first."""
+        with self._reading() as txn:
+            for _, key in txn.cursor(self._order):
+                record = txn.get(key, db=self._records)
+                value = txn.get(key, db=self._values)
+                if record is not None and value is not None:
+                    hits = _RECORD.unpack(record)[2]
+                    yield StoredItem(bytes(key), len(value), bytes(value[:head_bytes]), hits)
+
+    def nbytes(self) -> int:
+        """Bytes of keys and values held."""
+        with self._reading() as txn:
+            return self._state(txn)[0]
+
+    def flush(self) -> None:
+        """Wait for the disk."""
+        with self._writing() as txn:
+            self._write_touches(txn)
+        self._env.sync(True)
+
+    def close(self) -> None:
+        """Close the file, if nobody else in this process has it open."""
+        if self._env is not None:
+            with contextlib.suppress(lmdb.Error), self._writing() as txn:
+                self._write_touches(txn)
+            self._env = None
+            self._shared.release()
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[None]:
+        """Inside, this thread's values are views into the file, valid to the end."""
+        with self._opened().begin(buffers=True) as txn:
+            self._leased.txn = txn
+            try:
+                yield
+            finally:
+                self._leased.txn = None
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[Any]:
+        leased = getattr(self._leased, "txn", None)
+        if leased is not None:
+            yield leased
+            return
+        with self._opened().begin() as txn:
+            yield txn
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Any]:
+        with self._opened().begin(write=True) as txn:
+            yield txn
+
+    def _opened(self) -> Any:
+        if self._env is None:
+            raise TierError(f"tier {self.name!r} is closed")
+        return self._env
+
+    def _state(self, txn: Any) -> tuple[int, int]:
+        """Bytes held, and the next number in the order of use."""
+        state = txn.get(b"state", db=self._meta)
+        return (0, 1) if state is None else _STATE.unpack(state)
+
+    def _make_room(self, txn: Any, budget: int, used: int) -> tuple[int, list[Item]]:
+        """Delete the least recently used values until ``budget`` is kept; what is held then, and what went."""
+        gone: list[Item] = []
+        cursor = txn.cursor(self._order)
+        while used > budget and cursor.first():
+            key = bytes(cursor.value())
+            if self.keep_displaced:
+                value = txn.get(key, db=self._values)
+                if value is not None:
+                    gone.append((key, value))
+            used -= self._delete(txn, key) or used
+        txn.put(b"state", _STATE.pack(used, self._state(txn)[1]), db=self._meta)
+        return used, gone
+
+    def _delete(self, txn: Any, key: bytes) -> int:
+        """Forget one value; the bytes it took."""
+        record = txn.pop(key, db=self._records)
+        if record is None:
+            return 0
+        number, size, _ = _RECORD.unpack(record)
+        txn.delete(_ORDER.pack(number), db=self._order)
+        txn.delete(key, db=self._values)
+        return int(size)
+
+    def _write_touches(self, txn: Any) -> None:
+        """Put what was read to the end of the order of use."""
+        with self._lock:
+            touched, self._touched = self._touched, {}
+        if not touched:
+            return
+        used, number = self._state(txn)
+        for key, hits in touched.items():
+            record = txn.get(key, db=self._records)
+            if record is None:
+                continue
+            old, size, before = _RECORD.unpack(record)
+            txn.delete(_ORDER.pack(old), db=self._order)
+            txn.put(key, _RECORD.pack(number, size, before + hits), db=self._records)
+            txn.put(_ORDER.pack(number), key, db=self._order)
+            number += 1
+        txn.put(b"state", _STATE.pack(used, number), db=self._meta)
+
+
+class _Shared:
+    """One open file per process and path: LMDB forbids to open a file twice in one process."""
+
+    _open: dict[Path, _Shared] = {}  # noqa: RUF012 (the one table of this process)
+    _guard = threading.Lock()
+
+    def __init__(self, path: Path, name: str, max_bytes: int, sync: bool) -> None:
+        self._path, self.users = path, 1
+        file = path / "data.mdb"
+        if file.exists() and not _is_sound(path):
+            aside = path / f"data.mdb.{int(time.time())}-{os.getpid()}.damaged"
+            file.rename(aside)
+            with contextlib.suppress(OSError):
+                (path / "lock.mdb").unlink()
+        try:
+            self._env = lmdb.open(
+                str(path),
+                # Room for pages that are half full, and for those that a reader still holds.
+                map_size=max_bytes + max_bytes // 4 + (16 << 20),
+                max_dbs=4,
+                max_readers=512,
+                metasync=False,
+                sync=sync,
+                readahead=False,
+            )
+            self._env.reader_check()
+            names = (b"values", b"records", b"order", b"meta")
+            databases = [self._env.open_db(one) for one in names]
+            with self._env.begin(write=True) as txn:
+                found = txn.get(b"format", db=databases[3])
+                if found is None:
+                    txn.put(b"format", _FORMAT, db=databases[3])
+        except (lmdb.Error, OSError) as error:
+            raise TierError(
+                f"tier {name!r} cannot be opened ({error}); name another folder, or delete it if no process uses it"
+            ) from error
+        if found not in (None, _FORMAT):
+            self._env.close()
+            raise TierError(f"tier {name!r} was written by another version ({found!r}); name another folder")
+        self.handles = (self._env, *databases)
+
+    @classmethod
+    def open(cls, path: Path, name: str, max_bytes: int, sync: bool) -> _Shared:
+        """The file of this path, opened or shared."""
+        with cls._guard:
+            known = cls._open.get(path)
+            if known is None:
+                known = cls._open[path] = cls(path, name, max_bytes, sync)
+            else:
+                known.users += 1
+            return known
+
+    def release(self) -> None:
+        """One user less; the last one closes."""
+        with self._guard:
+            self.users -= 1
+            if not self.users:
+                del self._open[self._path]
+                self._env.close()
+
+
+def _make_folder(path: Path, name: str) -> None:
+    if path.exists() and not path.is_dir():
+        raise InvalidInput(f"tier {name!r}: {path} is a file; a disk tier needs a folder of its own")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable-{os.getpid()}-{threading.get_ident()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InvalidInput(f"tier {name!r}: {path} cannot be written ({error}); name a folder that can") from None
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether the file can be read from end to end: tried in another process, which a damaged file may crash."""
+    if not sys.executable:
+        return True
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", _CHECK, str(path)], capture_output=True, check=False, timeout=600
+    )
+    return done.returncode == 0

@@ -1,0 +1,307 @@
+"""The tier on the network: a Valkey or Redis server, or a cluster. Extra ``network``."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from kvcache_core.blockformat import Buffer
+from kvcache_core.errors import InvalidInput, TierError
+from kvcache_core.sizes import parse_memory
+from kvcache_core.tiers import Item, StoredItem, Tier, url_options
+
+try:
+    import valkey
+    from valkey.backoff import NoBackoff
+    from valkey.cluster import ValkeyCluster
+    from valkey.retry import Retry
+except ImportError as error:
+    raise ImportError('a valkey tier needs the client: pip install "kvcache-core[network]"') from error
+
+__all__ = ["ValkeyTier", "open_valkey_tier"]
+
+_T = TypeVar("_T")
+_PREFIX = b"kvcache:"
+_PART_PREFIX = b"kvcache-part:"
+_SPLIT = b"KVSPLIT1"
+_MANIFEST = struct.Struct("<8sIQ")  # magic, parts, bytes of the whole value
+_RECENT = 65_536
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+_OPTIONS = ("ttl", "timeout", "split", "cluster", "ca", "verify")
+
+
+def open_valkey_tier(url: str) -> ValkeyTier:
+    """A :class:`ValkeyTier` from ``valkey://[user:password@]host:port/db?ttl=86400`` (``valkeys://`` for TLS).
+
+    Without a password in the URL, that of the environment's ``KVCACHE_VALKEY_PASSWORD`` is used.
+    """
+    options = url_options(url, _OPTIONS)
+    parts = urlsplit(url)
+    try:
+        port = 6379 if parts.port is None else parts.port
+        database = int(parts.path.strip("/") or 0)
+        ttl, timeout = int(options.get("ttl", 86_400)), float(options.get("timeout", 1.0))
+        split = parse_memory(options.get("split", "16MiB"))
+    except ValueError as error:
+        raise InvalidInput(f"tier {_shown(url)!r}: {error}; the form is valkey://host:6379/0?ttl=86400") from None
+    if not parts.hostname or ttl < 1 or timeout <= 0:
+        raise InvalidInput(f"tier {_shown(url)!r} needs a host, a ttl of at least 1 s and a timeout above 0 s")
+    password = unquote(parts.password) if parts.password else os.environ.get("KVCACHE_VALKEY_PASSWORD")
+    tls: dict[str, Any] = {}
+    if parts.scheme in ("valkeys", "rediss"):
+        tls = {"ssl": True, "ssl_ca_certs": options.get("ca")}
+        if options.get("verify") == "off":
+            tls |= {"ssl_cert_reqs": "none", "ssl_check_hostname": False}
+    return ValkeyTier(
+        parts.hostname,
+        port,
+        database,
+        username=unquote(parts.username) if parts.username else None,
+        password=password,
+        ttl=ttl,
+        timeout=timeout,
+        split_bytes=split,
+        cluster=options.get("cluster", "off") == "on",
+        tls=tls,
+    )
+
+
+class ValkeyTier(Tier):
+    """Values on a server that many machines share. What to give up for room is the server's choice
+    (``maxmemory-policy allkeys-lru``).
+
+    A server that does not answer is left alone for half a second, then a second, and so on up to 30: meanwhile every
+    call fails at once.
+
+    Args:
+        host: of the server, or of any node of the cluster.
+        port: its port.
+        database: its number.
+        username: for servers with users.
+        password: if the server wants one.
+        ttl: seconds that a value is kept after it was last written.
+        timeout: seconds that one read or write of a socket may take.
+        split_bytes: larger values are stored in parts of so many bytes.
+        cluster: whether the server is part of a cluster.
+        tls: the client's ``ssl_...`` options; empty for none.
+
+    Raises:
+        TierError: the server cannot be reached, wants another password, speaks TLS where none was asked for or the
+            other way round, or is no Valkey.
+    """
+
+    persistent = True
+
+    def __init__(
+        self,
+        host: str,
+        port: int = 6379,
+        database: int = 0,
+        *,
+        username: str | None = None,
+        password: str | None = None,
+        ttl: int = 86_400,
+        timeout: float = 1.0,
+        split_bytes: int = 16 << 20,
+        cluster: bool = False,
+        tls: dict[str, Any] | None = None,
+    ) -> None:
+        self.name = f"valkey://{host}:{port}/{database}"
+        self._ttl, self._split = ttl, split_bytes
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._resume = 0.0
+        self._recent: OrderedDict[bytes, float] = OrderedDict()
+        common: dict[str, Any] = {
+            "username": username,
+            "password": password,
+            "socket_timeout": timeout,
+            "socket_connect_timeout": timeout,
+            **(tls or {}),
+        }
+        try:
+            if cluster:
+                self._client: Any = ValkeyCluster(host=host, port=port, cluster_error_retry_attempts=1, **common)
+            else:
+                # A connection that a restarted server has closed is opened anew, once.
+                retry = Retry(NoBackoff(), 1, supported_errors=(valkey.ConnectionError,))
+                self._client = valkey.Valkey(
+                    host=host, port=port, db=database, max_connections=64, retry=retry, **common
+                )
+            self._cluster = cluster
+            if self._client.ping() is not True:
+                raise TierError("it does not answer PING")
+        except Exception as error:
+            raise TierError(f"tier {self.name!r} cannot be used: {_remedy(error)}") from error
+
+    def get_many(self, keys: Sequence[bytes]) -> list[Buffer | None]:
+        """The value of each key, or None: one MGET, and one more if values lie there in parts."""
+        found = self._call(self._mget, [_PREFIX + key for key in keys])
+        split = {at: _manifest(value) for at, value in enumerate(found) if value is not None and _is_split(value)}
+        if split:
+            self._join(keys, found, split)
+        self._remember({key: value is not None for key, value in zip(keys, found, strict=True)})
+        return found
+
+    def put_many(self, items: Sequence[Item]) -> list[Item]:
+        """Store values in one pipeline, each with its time to live.
+
+        Raises:
+            TierError: the server refused some of them, for example because it is out of memory.
+        """
+        commands = [command for key, value in items for command in self._commands(_PREFIX + key, value)]
+        replies = self._call(self._set, commands)
+        refused = [reply for reply in replies if isinstance(reply, Exception)]
+        if refused:
+            raise TierError(f"the server refused {len(refused)} of {len(replies)} values: {refused[0]}")
+        self._remember(dict.fromkeys((key for key, _ in items), True))
+        return []
+
+    def contains(self, key: bytes) -> bool:
+        """Whether this process has seen the key there not long ago."""
+        return self._recent.get(key, 0.0) > time.monotonic()
+
+    def delete_many(self, keys: Sequence[bytes]) -> int:
+        """Forget values; returns how many there were."""
+        with self._lock:
+            for key in keys:
+                self._recent.pop(key, None)
+        return sum(self._call(self._client.delete, _PREFIX + key) for key in keys)
+
+    def items(self, head_bytes: int = 0) -> Iterator[StoredItem]:
+        """What lies under this library's prefix."""
+        names = self._call(self._client.scan_iter, _PREFIX + b"*", 500)
+        while batch := list(islice(names, 200)):
+            pipe = self._pipeline()
+            for name in batch:
+                pipe.strlen(name)
+                pipe.getrange(name, 0, max(head_bytes, _MANIFEST.size) - 1)
+            replies = self._call(pipe.execute)
+            for name, size, head in zip(batch, replies[::2], replies[1::2], strict=True):
+                key = name[len(_PREFIX) :]
+                if _is_split(head):
+                    first = self._call(self._client.getrange, _part_name(name, 0), 0, max(0, head_bytes - 1))
+                    yield StoredItem(key, _manifest(head)[1], first[:head_bytes])
+                else:
+                    yield StoredItem(key, size, head[:head_bytes])
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    # ---- one call to the server ----------------------------------------------------------------
+
+    def _call(self, run: Callable[..., _T], *arguments: Any) -> _T:
+        """Run one exchange; a server that fails is left alone for a while."""
+        if time.monotonic() < self._resume:
+            raise TierError(f"{self.name} is not asked again for {self._resume - time.monotonic():.1f} s: it failed")
+        try:
+            result = run(*arguments)
+        except valkey.exceptions.ResponseError as error:
+            raise TierError(f"{self.name} refused: {error}") from error
+        except Exception as error:
+            with self._lock:
+                pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**self._failures)
+                self._failures = min(self._failures + 1, 16)
+                self._resume = time.monotonic() + pause
+                self._recent.clear()  # it may come back empty
+            raise TierError(f"{self.name}: {type(error).__name__}: {error}") from error
+        self._failures = 0
+        return result
+
+    def _mget(self, names: list[bytes]) -> list[Buffer | None]:
+        found: list[Buffer | None] = (
+            self._client.mget_nonatomic(names) if self._cluster else self._client.mget(names) if names else []
+        )
+        if len(found) != len(names) or any(value is not None and not isinstance(value, bytes) for value in found):
+            raise TierError("the server's answer is not what was asked for")
+        return found
+
+    def _set(self, commands: list[tuple[bytes, Buffer]]) -> list[Any]:
+        pipe = self._pipeline()
+        for name, value in commands:
+            pipe.set(name, value if isinstance(value, bytes) else bytes(value), ex=self._ttl)
+        replies: list[Any] = pipe.execute(raise_on_error=False)
+        broken = [reply for reply in replies if isinstance(reply, (valkey.ConnectionError, valkey.TimeoutError))]
+        if broken:
+            raise broken[0]
+        return replies
+
+    def _pipeline(self) -> Any:
+        return self._client.pipeline() if self._cluster else self._client.pipeline(transaction=False)
+
+    # ---- values in parts -----------------------------------------------------------------------
+
+    def _commands(self, name: bytes, value: Buffer) -> Iterator[tuple[bytes, Buffer]]:
+        """The keys and values to set: the parts first, what announces them last."""
+        if len(value) <= self._split and not _is_split(value):
+            yield name, value
+            return
+        view = memoryview(value)
+        count = -(-len(view) // self._split)
+        for number in range(count):
+            yield _part_name(name, number), view[number * self._split : (number + 1) * self._split]
+        yield name, _MANIFEST.pack(_SPLIT, count, len(view))
+
+    def _join(self, keys: Sequence[bytes], found: list[Buffer | None], split: dict[int, tuple[int, int]]) -> None:
+        """Replace manifests by the values they announce, or by None where a part is missing."""
+        names = [_part_name(_PREFIX + keys[at], number) for at, (count, _) in split.items() for number in range(count)]
+        parts = iter(self._call(self._mget, names))
+        for at, (count, size) in split.items():
+            mine = list(islice(parts, count))
+            whole = b"".join(part for part in mine if part is not None)
+            found[at] = whole if len(whole) == size and None not in mine else None
+
+    def _remember(self, seen: dict[bytes, bool]) -> None:
+        """Which keys were there just now, and which were not."""
+        until = time.monotonic() + min(300.0, self._ttl / 2)
+        with self._lock:
+            for key, there in seen.items():
+                self._recent.pop(key, None)
+                if there:
+                    self._recent[key] = until
+            while len(self._recent) > _RECENT:
+                self._recent.popitem(last=False)
+
+
+def _is_split(value: Buffer) -> bool:
+    return bytes(value[: len(_SPLIT)]) == _SPLIT
+
+
+def _manifest(value: Buffer) -> tuple[int, int]:
+    """(parts, bytes) that a manifest announces; nothing if it is damaged."""
+    if len(value) < _MANIFEST.size:
+        return 0, -1
+    _, count, size = _MANIFEST.unpack_from(value)
+    return (count, size) if count <= 1 << 16 else (0, -1)
+
+
+def _part_name(name: bytes, number: int) -> bytes:
+    return _PART_PREFIX + name + b"#" + str(number).encode()
+
+
+def _shown(url: str) -> str:
+    """The URL without its password."""
+    password = urlsplit(url).password
+    return url.replace(f":{password}@", ":***@") if password else url
+
+
+def _remedy(error: Exception) -> str:
+    """What went wrong at the first contact, and what to do."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, valkey.AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
+        return f"wrong or missing password ({text}); put it into the URL or into KVCACHE_VALKEY_PASSWORD"
+    if isinstance(error, valkey.TimeoutError):
+        return f"no answer ({text}); check host and port, and whether it wants TLS (valkeys://)"
+    if "SSL" in text or "CERTIFICATE" in text:
+        return f"TLS failed ({text}); use valkey:// for a server without TLS, or name its certificate with ?ca=FILE"
+    if isinstance(error, (valkey.exceptions.InvalidResponse, valkey.ResponseError, TierError)):
+        return f"it is no Valkey or Redis server, or refuses to serve ({text})"
+    return f"no connection ({text}); check host and port, and whether it wants TLS (valkeys://)"

@@ -1,0 +1,301 @@
+"""The disk tier: budget, order of use, several processes, and every way a file can be spoiled."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lmdb
+import pytest
+
+from kvcache_core import InvalidInput
+from kvcache_core.blockformat import ArrayEntry, BlockCodec
+from kvcache_core.errors import TierError
+from kvcache_core.tier_disk import DiskTier
+from kvcache_core.tiers import open_tier
+
+MIB = 1 << 20
+CODEC = BlockCodec(
+    [ArrayEntry(0, "k", "float32", (1, 1, 2500))], 10_000, layout=b"l" * 16, weights=b"w" * 16, salt=b"s" * 16
+)
+
+
+def value(number: int) -> bytes:
+    return CODEC.encode(number.to_bytes(16, "little"), bytes([number % 251]) * 10_000, 0)
+
+
+def key(number: int) -> bytes:
+    return number.to_bytes(16, "little")
+
+
+def verified(tier: DiskTier, count: int) -> int:
+    """How many of the first ``count`` blocks are there; each that is there verifies."""
+    found = tier.get_many([key(number) for number in range(count)])
+    for number, one in enumerate(found):
+        if one is not None:
+            assert bytes(CODEC.decode(key(number), one)) == bytes([number % 251]) * 10_000
+    return sum(one is not None for one in found)
+
+
+# ---- budget -----------------------------------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_goes_first(tmp_path):
+    tier = DiskTier(tmp_path, MIB, sync=False)
+    for number in range(90):
+        tier.put_many([(key(number), value(number))])
+    tier.get_many([key(0), key(1)])
+    for number in range(90, 110):
+        tier.put_many([(key(number), value(number))])
+    assert (tier.nbytes() or 0) <= MIB
+    there = [number for number in range(110) if tier.contains(key(number))]
+    gone = 110 - len(there)
+    assert there == [0, 1, *range(gone + 2, 110)]
+    tier.close()
+
+
+def test_the_file_stays_near_its_budget_whatever_is_written(tmp_path):
+    tier = DiskTier(tmp_path, 2 * MIB, sync=False)
+    draw = random.Random(0)
+    for number in range(400):
+        tier.put_many([(key(number), draw.randbytes(draw.choice([10, 3000, 9000, 70_000])))])
+        assert (tier.nbytes() or 0) <= 2 * MIB
+    assert (tmp_path / "data.mdb").stat().st_size <= 2 * MIB * 1.25 + (16 << 20)
+    assert sum(item.nbytes + len(item.key) for item in tier.items()) == tier.nbytes()
+    tier.close()
+
+
+def test_what_is_dropped_goes_to_the_tier_below_if_there_is_one(tmp_path):
+    tier = DiskTier(tmp_path, MIB, sync=False)
+    tier.keep_displaced = True
+    dropped = [one for number in range(120) for one in tier.put_many([(key(number), value(number))])]
+    assert [one[0] for one in dropped] == [key(number) for number in range(len(dropped))]
+    assert bytes(dropped[3][1]) == value(3)
+    assert tier.put_many([(b"big", bytes(2 * MIB))]) == [(b"big", bytes(2 * MIB))]
+    tier.close()
+
+
+def test_hits_are_counted(tmp_path):
+    tier = DiskTier(tmp_path, MIB, sync=False)
+    tier.put_many([(key(1), value(1)), (key(2), value(2))])
+    for _ in range(3):
+        tier.get_many([key(2)])
+    tier.flush()
+    assert {item.key: item.hits for item in tier.items()} == {key(1): 0, key(2): 3}
+    tier.close()
+
+
+def test_the_clock_does_not_matter(tmp_path, monkeypatch):
+    tier = DiskTier(tmp_path, MIB, sync=False)
+    for number in range(60):
+        monkeypatch.setattr(time, "time", lambda number=number: 2e9 - 1e7 * number)
+        tier.put_many([(key(number), value(number))])
+    for number in range(60, 120):
+        tier.put_many([(key(number), value(number))])
+    assert tier.contains(key(119))
+    assert not tier.contains(key(0))
+    tier.close()
+
+
+# ---- several processes ------------------------------------------------------------------------------------------
+
+WRITER = """
+import sys
+from tests.tiers.test_disk import DiskTier, key, value
+tier = DiskTier(sys.argv[1], 8 << 20, sync=False)
+first, last = int(sys.argv[2]), int(sys.argv[3])
+print("open", flush=True)
+while True:
+    for number in range(first, last):
+        tier.put_many([(key(number), value(number))])
+        tier.get_many([key(number)])
+    print("round", flush=True)
+    if len(sys.argv) < 5:
+        break
+tier.close()
+"""
+
+
+def writer(path: Path, first: int, last: int, *more: str) -> subprocess.Popen[str]:
+    root = Path(__file__).parents[2]
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), str(first), str(last), *more],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_several_processes_write_and_read_one_file(tmp_path):
+    mine = DiskTier(tmp_path, 8 * MIB, sync=False)
+    processes = [writer(tmp_path, first, first + 50) for first in (0, 50, 25)]
+    for process in processes:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    assert verified(mine, 100) == 100
+    mine.close()
+
+
+def killed(path: Path, times: int) -> None:
+    draw = random.Random(0)
+    for turn in range(times):
+        process = writer(path, 0, 60, "forever")
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(draw.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        tier = DiskTier(path, 8 * MIB, sync=False)
+        there = verified(tier, 60)
+        assert sum(item.nbytes + len(item.key) for item in tier.items()) == tier.nbytes()
+        tier.put_many([(b"turn", b"%d" % turn)])
+        tier.close()
+    assert there
+
+
+def test_killed_while_writing(tmp_path):
+    killed(tmp_path, 4)
+    assert not list(tmp_path.glob("*.damaged"))
+
+
+@pytest.mark.slow
+def test_killed_200_times_while_writing(tmp_path):
+    killed(tmp_path, 200)
+    assert not list(tmp_path.glob("*.damaged"))
+
+
+# ---- spoiled files ----------------------------------------------------------------------------------------------
+
+
+def filled(path: Path) -> Path:
+    tier = DiskTier(path, 8 * MIB, sync=False)
+    tier.put_many([(key(number), value(number)) for number in range(100)])
+    tier.flush()
+    tier.close()
+    return path / "data.mdb"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9])
+def test_a_truncated_file_is_set_aside(tmp_path, share):
+    file = filled(tmp_path)
+    os.truncate(file, int(file.stat().st_size * share))
+    tier = DiskTier(tmp_path, 8 * MIB, sync=False)
+    verified(tier, 100)
+    tier.put_many([(key(1), value(1))])
+    assert tier.get_many([key(1)]) == [value(1)]
+    tier.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_file_overwritten_with_noise(tmp_path, seed):
+    file = filled(tmp_path)
+    draw = random.Random(seed)
+    with file.open("r+b") as handle:
+        for _ in range(200 if seed % 2 else 3):
+            handle.seek(draw.randrange(file.stat().st_size - 4096))
+            handle.write(draw.randbytes(draw.choice([1, 100, 4096])))
+    tier = DiskTier(tmp_path, 8 * MIB, sync=False)
+    found = tier.get_many([key(number) for number in range(100)])
+    tier.put_many([(key(101), value(101))])
+    assert tier.get_many([key(101)]) == [value(101)]
+    tier.close()
+    served = 0
+    for number, one in enumerate(found):
+        try:
+            served += one is not None and bytes(CODEC.decode(key(number), one)) == bytes([number % 251]) * 10_000
+        except ValueError:
+            continue
+    assert served <= 100
+
+
+def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path):
+    import resource
+
+    tier = DiskTier(tmp_path, 64 * MIB, sync=False)
+    tier.put_many([(key(number), value(number)) for number in range(20)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "data.mdb").stat().st_size + 8192, hard))
+    try:
+        with pytest.raises(lmdb.Error, match=r"Input|large|space"):
+            tier.put_many([(key(number), value(number)) for number in range(20, 500)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert verified(tier, 20) == 20
+    tier.put_many([(key(600), value(600))])
+    assert tier.get_many([key(600)]) == [value(600)]
+    tier.close()
+
+
+def test_a_writer_that_holds_the_lock_holds_up_writers_only(tmp_path):
+    tier = DiskTier(tmp_path, 8 * MIB, sync=False)
+    tier.put_many([(key(1), value(1))])
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import lmdb, sys, time\n"
+            "env = lmdb.open(sys.argv[1], max_dbs=4, map_size=30 << 20)\n"
+            "txn = env.begin(write=True)\nprint('held', flush=True)\ntime.sleep(60)",
+            str(tmp_path),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    started = time.monotonic()
+    assert tier.get_many([key(1)]) == [value(1)]
+    assert time.monotonic() - started < 1
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    tier.put_many([(key(2), value(2))])
+    assert tier.get_many([key(2)]) == [value(2)]
+    tier.close()
+
+
+# ---- bad input --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("disk:", "needs a folder: 'disk:PATH"),
+        ("disk:{}?max=lots", "memory must be a size"),
+        ("disk:{}?max=1kB", "max must be at least 1 MiB"),
+        ("disk:{}?size=1GiB", "unknown option 'size'; there are max, sync"),
+        ("disk:{}?max=1GiB&max=2GiB", "an option stands twice"),
+        ("disk:{}?sync=maybe", "sync must be 'on' or 'off'"),
+        ("disk:{}/file", "is a file; a disk tier needs a folder of its own"),
+        ("disk:/proc/nothing", "cannot be written"),
+    ],
+)
+def test_a_bad_url_is_one_clear_error(tmp_path, url, message):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InvalidInput, match=message) as raised:
+        open_tier(url.format(tmp_path))
+    assert "disk:" in str(raised.value)
+
+
+def test_a_file_of_another_version_is_refused(tmp_path):
+    filled(tmp_path)
+    with lmdb.open(str(tmp_path), max_dbs=4) as env:
+        meta = env.open_db(b"meta")
+        with env.begin(write=True) as txn:
+            txn.put(b"format", b"kvcache-disk-99", db=meta)
+    with pytest.raises(TierError, match="written by another version"):
+        DiskTier(tmp_path, 8 * MIB)
+
+
+def test_closed(tmp_path):
+    tier = DiskTier(tmp_path, MIB)
+    tier.close()
+    with pytest.raises(TierError, match="is closed"):
+        tier.get_many([b"a"])

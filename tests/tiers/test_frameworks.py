@@ -1,0 +1,212 @@
+"""PyTorch and Keras share what lies in a tier: same weights, same identity, and one's block serves the other."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import kvcache_keras
+import kvcache_torch
+from kvcache_core import KVCacheWarning
+from kvcache_core.tiers import RamTier
+from tests.adapters.torch.models import Small
+from tests.reference_decoder import DecoderConfig, decoder_configs, make_weights
+from tests.tiers.backends import tiered
+
+PLAIN = DecoderConfig(windows=(None, 5), heads=2, kv_heads=1, width=8, block_size=3)
+
+
+def prompts(config: DecoderConfig) -> list[list[int]]:
+    length = 4 * config.block_size + 1
+    return [[seed, *np.random.default_rng(seed).integers(0, config.vocab, length - 1).tolist()] for seed in range(3)]
+
+
+def run(backend: Any, prompt: list[int]) -> tuple[np.ndarray, int]:
+    """Logits behind the prompt, and how many of its tokens were cached."""
+    seq = backend.cache.open(prompt)
+    try:
+        return backend.cache.step([seq], [prompt[seq.num_cached :]])[0], seq.num_cached
+    finally:
+        seq.close()
+
+
+def check(backend: Any, prompt: list[int], cached: int) -> None:
+    logits, found = run(backend, prompt)
+    assert found == cached
+    expected = backend.uncached(prompt)[-1]
+    assert abs(logits - expected).max() < 2e-4 * max(1.0, abs(expected).max())
+
+
+@pytest.mark.parametrize(("writer", "reader"), [("torch", "keras"), ("keras", "torch")])
+@given(config=decoder_configs(max_layers=2), seed=st.integers(0, 9))
+@settings(max_examples=4, phases=[Phase.generate])
+def test_a_block_of_one_serves_the_other(writer, reader, config, seed):
+    tier, weights = RamTier(1 << 24), make_weights(config)
+    one = tiered(writer, config, weights, 8, [tier])
+    other = tiered(reader, config, weights, 8, [tier])
+    first, second, third = prompts(config)
+    for prompt in (first, second, third):
+        check(one, prompt, 0)
+        assert one.cache.flush(10)
+    whole = 4 * config.block_size
+    check(other, first, whole)
+    assert other.cache.stats().promoted_tokens == whole
+    one.cache._tiers.queue.close(0)
+    other.cache.close()
+
+
+@pytest.mark.parametrize("framework", ["torch", "keras"])
+def test_a_changed_element_is_another_model(framework):
+    tier = RamTier(1 << 24)
+    weights = make_weights(PLAIN)
+    one = tiered(framework, PLAIN, weights, 8, [tier])
+    for prompt in prompts(PLAIN):
+        check(one, prompt, 0)
+        one.cache.flush(10)
+    changed = {name: value.copy() for name, value in weights.items()}
+    changed["head"].flat[3] = np.nextafter(changed["head"].flat[3], np.float32(1e9))
+    other = tiered(framework, PLAIN, changed, 8, [tier])
+    check(other, prompts(PLAIN)[0], 0)
+
+
+def test_both_frameworks_name_the_same_weights_alike():
+    weights = make_weights(PLAIN)
+    found = [tiered(name, PLAIN, weights, 8, [RamTier(1000)]).cache._portable_identity() for name in ("torch", "keras")]
+    assert found[0] == found[1]
+
+
+def test_weights_can_be_named_by_hand():
+    tier = RamTier(1 << 24)
+    model = Small().eval()
+    found = []
+    for identity in ("small@1", "small@1", "small@2"):
+        cache = kvcache_torch.KVCache(5, block_size=4, tiers=[tier], promote="always")
+        cache.attach(model, outputs="last", identity=identity)
+        for start in range(3):
+            seq = cache.open(list(range(start, start + 17)))
+            found.append(seq.num_cached)
+            cache.step([seq], [list(range(start + seq.num_cached, start + 17))])
+            seq.close()
+            cache.flush(5)
+        cache.detach()
+    assert found[0] == 0
+    assert found[3] == 16
+    assert found[6] == 0
+
+
+def test_named_weights_that_change_are_noticed():
+    tier = RamTier(1 << 24)
+    cache = kvcache_torch.KVCache(8, block_size=4, tiers=[tier], promote="always")
+    model = cache.attach(Small().eval(), outputs="last", identity="small@1")
+    row = torch.arange(17)[None]
+    with torch.no_grad(), cache:
+        model(row)
+        model.head.weight.mul_(2)
+        changed = model(row)
+    assert torch.allclose(changed[:, -1], model(row)[:, -1], atol=1e-5)
+
+
+def test_weights_that_change_are_noticed_and_those_before_are_found_again():
+    tier = RamTier(1 << 24)
+    backend = tiered("torch", PLAIN, make_weights(PLAIN), 8, [tier])
+    first, second, _ = prompts(PLAIN)
+    for prompt in (first, second, first):
+        run(backend, prompt)
+        backend.cache.flush(5)
+    with torch.no_grad():
+        backend.decoder.named["head"].mul_(2)
+    check(backend, first, 0)
+    backend.cache.flush(5)
+    with torch.no_grad():
+        backend.decoder.named["head"].div_(2)
+    _, cached = run(backend, first)
+    assert cached > 0
+
+
+def test_invalidate_reaches_into_the_tiers():
+    tier = RamTier(1 << 24)
+    backend = tiered("torch", PLAIN, make_weights(PLAIN), 8, [tier])
+    for prompt in prompts(PLAIN):
+        run(backend, prompt)
+        backend.cache.flush(5)
+    backend.cache.invalidate()
+    check(backend, prompts(PLAIN)[0], 0)
+
+
+def test_a_warm_start_needs_the_url_and_nothing_else(tmp_path):
+    url, weights = f"disk:{tmp_path}?max=64MiB&sync=off", make_weights(PLAIN)
+    first = tiered("torch", PLAIN, weights, 20, [url])
+    for prompt in prompts(PLAIN):
+        check(first, prompt, 0)
+    assert first.cache.close()
+    again = tiered("keras", PLAIN, weights, 20, ["ram:1MiB", url])
+    for prompt in prompts(PLAIN):
+        check(again, prompt, 4 * PLAIN.block_size)
+    assert again.cache.close()
+
+
+def test_a_forgotten_cache_closes_its_tiers(tmp_path):
+    url, weights = f"disk:{tmp_path}?max=64MiB&sync=off", make_weights(PLAIN)
+    backend = tiered("torch", PLAIN, weights, 20, [url])
+    run(backend, prompts(PLAIN)[0])
+    backend.cache._closer()
+    again = tiered("torch", PLAIN, weights, 20, [url])
+    check(again, prompts(PLAIN)[0], 4 * PLAIN.block_size)
+    again.cache.close()
+
+
+def test_whole_outputs_come_back_too():
+    """``model(x)``: the layer group of stored outputs is demoted and promoted with the others."""
+    model = Small().eval()
+    cache = kvcache_torch.KVCache(6, block_size=4, tiers=["ram:1MiB"], promote="always")
+    cache.attach(model)
+    rows = [torch.arange(start, start + 21)[None] for start in (0, 7, 14)]
+    expected = [model(row) for row in rows]
+    with torch.no_grad(), cache:
+        for turn in range(6):
+            assert torch.allclose(model(rows[turn % 3]), expected[turn % 3], atol=1e-5)
+            assert cache.flush(5)
+    assert cache.stats().promoted_tokens == 3 * 20
+    assert [stats.name for stats in cache.tier_stats()] == ["ram"]
+    assert cache.close()
+    with torch.no_grad(), cache:
+        assert torch.allclose(model(rows[0]), expected[0], atol=1e-5)
+
+
+def test_a_tier_that_fails_never_fails_the_model():
+    class Failing(RamTier):
+        def get_many(self, keys):
+            raise OSError("gone")
+
+        put_many = get_many
+
+    cache = kvcache_torch.KVCache(6, block_size=4, tiers=[Failing(1000)])
+    model = cache.attach(Small().eval())
+    rows = [torch.arange(start, start + 21)[None] for start in (0, 7, 14)]
+    expected = [model(row) for row in rows]
+    with warnings.catch_warnings(), torch.no_grad(), cache:
+        warnings.simplefilter("ignore", KVCacheWarning)
+        for turn in range(6):
+            assert torch.allclose(model(rows[turn % 3]), expected[turn % 3], atol=1e-5)
+    assert cache.tier_stats()[0].errors > 0
+    cache._tiers.queue.close(0)
+
+
+@pytest.mark.slow
+def test_smollm2_is_the_same_model_in_both_frameworks():
+    smollm2 = pytest.importorskip("smollm2")
+    checkpoint = smollm2.load_checkpoint()
+    found = []
+    for framework in (kvcache_torch, kvcache_keras):
+        example = importlib.import_module(f"llama_{framework.__name__.removeprefix('kvcache_')}")
+        cache = framework.KVCache(64, tiers=["ram:1MiB"])
+        cache.attach(example.from_checkpoint(checkpoint), outputs="last")
+        found.append((cache.core.layout.digest, cache._portable_identity()))
+    assert found[0] == found[1]

