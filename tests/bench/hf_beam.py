@@ -57,6 +57,7 @@ def main(*, quick: bool = False) -> Table:
     first = alternate({"ours": lambda: search("ours"), THEIRS: lambda: search(THEIRS)}, runs, "beam search")
     if not torch.equal(found["ours"], found[THEIRS]):
         raise AssertionError("beam search with the cache chose other tokens than without")
+    cache.detach()
     case = f"{BEAMS} beams, {PROMPT:,} tokens"
     steps = {name: values[1:] for name, values in further.items()}
     rows = [

@@ -75,6 +75,7 @@ def main(*, quick: bool = False) -> Table:
     paged = alternate({"ours": ours, BATCHED: batched}, 1, "transformers, generate_batch", warm_up=0)
     if not torch.equal(found["ours"], found[NO_REUSE]):
         raise AssertionError("generate with the cache chose other tokens than without")
+    cache.detach()
     rows = [
         Row.of(case, "s", samples, target=(name, TARGETS[name]))
         for name, samples in ((NO_REUSE, slow), (BY_HAND, cold), (BATCHED, paged))

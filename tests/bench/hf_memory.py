@@ -34,10 +34,12 @@ def main(*, quick: bool = False) -> Table:
         DYNAMIC: ROWS * max(lengths) * per_token,
         STATIC: ROWS * LONGEST * per_token,
     }
+    cache.detach()
     samples = {name: [size / 1e6] for name, size in found.items()}
     row = Row.of(f"{ROWS} rows of {SHORTEST} to {LONGEST:,} tokens", "MB", samples, target=(LIVE, 1.06))
     text = [
         "Bytes allocated for K and V, null block included. `DynamicCache` pads every row to the longest (and holds a "
-        "layer twice for a moment in each step, not counted); `StaticCache` is made for the longest that may come.",
+        "layer twice for a moment in each step, not counted); `StaticCache` is made for the longest that may come. "
+        "Ours is what the store has allocated; theirs follows from the shapes of their tensors.",
     ]
     return Table("hf_memory", "transformers: memory of a ragged batch", text, [row])
