@@ -22,6 +22,7 @@ from kvcache_torch.attention import select_outputs
 from kvcache_torch.context import local
 from kvcache_torch.driver import AttachedForward, Driver, device_of, logits_of, recording
 from kvcache_torch.hf import HFCache, Refused, close_abandoned
+from kvcache_torch.hf_calls import named, reason_to_refuse, refuse_other_state, wants_gradient, with_mask
 from kvcache_torch.hf_cross import CrossStates, Source, digests_of
 from kvcache_torch.hf_pass import Pass
 from kvcache_torch.hf_rows import Columns, columns_of, shifts_of
@@ -36,16 +37,10 @@ from kvcache_torch.hf_step import (
 from kvcache_torch.recorder import Recorder
 from kvcache_torch.step import Step
 from kvcache_torch.store import dtype_name, torch_dtype
-from kvcache_torch.transparent import reason_to_bypass, with_gradient_of
+from kvcache_torch.transparent import with_gradient_of
 
 __all__ = ["HFDriver"]
 
-_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-_PLAIN_ARGUMENTS = {
-    *("input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "return_dict"),
-    *("logits_to_keep", "labels", "cache_position", "num_items_in_batch"),
-    *("decoder_input_ids", "decoder_attention_mask", "decoder_position_ids", "encoder_outputs", "input_features"),
-}
 _POSITIONS_FROM_MASK = {"opt"}
 """Model types that count the mask's tokens when they are given no position_ids."""
 
@@ -72,7 +67,7 @@ class HFDriver(Driver):
         super().__init__(cache, model)
         if self.plain is not model:
             raise InvalidInput("attach the transformers model itself, not the compiled one")
-        _refuse_other_state(model)
+        refuse_other_state(model)
         self.decoder: nn.Module = model.get_decoder()
         signature = inspect.signature(self.decoder.forward).parameters
         self.cache_name = "cache" if "cache" in signature else "past_key_values"
@@ -225,7 +220,7 @@ class HFDriver(Driver):
         """A call of the attached model: by ``generate``, or by hand."""
         if torch.compiler.is_compiling() or local.stepping or state.request is not None:
             return original(*args, **kwargs)
-        arguments = _named(original, args, kwargs)
+        arguments = named(original, args, kwargs)
         given = arguments.get("cache", arguments.get("past_key_values"))
         explicit = isinstance(given, HFCache)
         if explicit and given.cache is not self.cache:
@@ -236,8 +231,8 @@ class HFDriver(Driver):
             return original(*args, **kwargs)  # another cache already holds this call's past
         close_abandoned()
         if "lengths" in arguments:
-            arguments = _with_mask(dict(arguments))
-        reason = self._reason_to_refuse(arguments)
+            arguments = with_mask(dict(arguments))
+        reason = reason_to_refuse(self.model, arguments)
         if reason is not None:
             if explicit:
                 raise InvalidInput(f"cannot use an HFCache here: {reason}")
@@ -249,7 +244,7 @@ class HFDriver(Driver):
     def enter_decoder(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the attached model's decoder."""
         if not local.stepping and state.request is not None and not torch.compiler.is_compiling():
-            return self._decode(_named(original, args, kwargs))
+            return self._decode(named(original, args, kwargs))
         output = original(*args, **kwargs)
         if local.stepping and local.last_only:
             output["last_hidden_state"] = select_outputs(output.last_hidden_state)
@@ -289,7 +284,7 @@ class HFDriver(Driver):
         if shifts.any() and not self.takes_positions:
             raise Refused("the model counts columns, and there is padding before a row's tokens")
         hidden = Pass(self, past, columns, shifts, request.keep, self._source(arguments, len(shifts))).run()
-        if _wants_gradient(self.decoder):
+        if wants_gradient(self.decoder):
             hidden = with_gradient_of(lambda: self._without_cache(columns, shifts, request.keep), self.decoder, hidden)
         use_cache = arguments.get("use_cache")
         use_cache = self.decoder.config.use_cache if use_cache is None else use_cache
@@ -318,10 +313,10 @@ class HFDriver(Driver):
         hidden, mask = arguments.get("encoder_hidden_states"), arguments.get("encoder_attention_mask")
         if hidden is None:
             return None
-        seen = self._seen
-        if seen is None or seen[0] is not hidden or seen[1] is not mask or seen[2] != hidden._version:
+        seen, version = self._seen, 0 if hidden.is_inference() else hidden._version
+        if seen is None or seen[0] is not hidden or seen[1] is not mask or seen[2] != version:
             rows = hidden.expand(count, *hidden.shape[1:])
-            self._seen = seen = (hidden, mask, hidden._version, Source(rows, mask, digests_of(rows, mask)))
+            self._seen = seen = (hidden, mask, version, Source(rows, mask, digests_of(rows, mask)))
         return seen[3]
 
     def _as_outside(self, arguments: dict[str, Any], past: HFCache) -> dict[str, Any]:
@@ -341,59 +336,3 @@ class HFDriver(Driver):
             again["logits_to_keep"] = arguments["logits_to_keep"] or columns.width
         past.reset()
         return again
-
-    def _reason_to_refuse(self, arguments: dict[str, Any]) -> str | None:
-        """Why a call cannot be served, or None."""
-        for name, value in arguments.items():
-            if name not in _PLAIN_ARGUMENTS and value is not None and value is not False:
-                return f"arguments besides token ids, mask and positions are not cached (got {name})"
-        prefix = "decoder_" if self.has_encoder else ""
-        if arguments.get(f"{prefix}input_ids") is None:
-            return "the cache needs token ids, got none"
-        mask = arguments.get(f"{prefix}attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            return "the attention mask is not [B, T]"
-        if arguments.get("labels") is not None and torch.is_grad_enabled():
-            return "a loss is asked for with gradients; use torch.no_grad() to use the cache"
-        if self.has_encoder and _wants_gradient(self.model):
-            return "gradients go through the encoder; use torch.no_grad() to use the cache"
-        return reason_to_bypass(self.model)
-
-
-def _wants_gradient(model: nn.Module) -> bool:
-    return torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters())
-
-
-def _named(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by name."""
-    if not args:
-        return kwargs
-    names = list(inspect.signature(original).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _with_mask(arguments: dict[str, Any]) -> dict[str, Any]:
-    """``lengths=`` [B], as other models take it inside ``with cache:``, as a mask."""
-    lengths, ids = torch.as_tensor(arguments.pop("lengths")), arguments["input_ids"]
-    there = torch.arange(ids.shape[1])[None] < lengths.cpu()[:, None]
-    return {**arguments, "attention_mask": there.to(ids.device, torch.int64)}
-
-
-def _refuse_other_state(model: Any) -> None:
-    """Refuse a model whose layers keep a state that is not K and V.
-
-    Raises:
-        InvalidInput: says which.
-    """
-    name = type(model).__name__
-    kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()) - _KNOWN_LAYERS
-    if kinds:
-        raise InvalidInput(
-            f"{name} cannot be cached: its layers of type {sorted(kinds)} keep a state that is not K and V per token "
-            "(a recurrent or convolution state, or K and V of chunks), which no prefix can be cut from"
-        )
-    if getattr(model, "_is_stateful", False):
-        raise InvalidInput(
-            f"{name} cannot be cached: it keeps a recurrent state, which stands for all tokens so far and cannot be "
-            "shared by tokens as K and V can"
-        )

@@ -123,6 +123,9 @@ def test_what_is_not_cached_is_computed_as_outside(model: Any, cache: KVCache, i
             assert torch.equal(model(inputs_embeds=embeds).logits, plain)
             assert torch.equal(model(ids, output_hidden_states=True).hidden_states[-1], states[-1])
             assert cache.stats().bypassed_calls == 2
+            model.config.output_hidden_states = True
+            assert torch.equal(model(ids).hidden_states[-1], states[-1])
+            assert cache.stats().bypassed_calls == 3
         with pytest.raises(InvalidInput, match="token ids"):
             model(inputs_embeds=embeds, cache=HFCache(cache))
 

@@ -96,6 +96,8 @@ def test_assisted(family: str) -> None:
     plain = model.generate(**x, max_new_tokens=8, do_sample=False)
     out = model.generate(**x, max_new_tokens=8, do_sample=False, assistant_model=helper, past_key_values=HFCache(cache))
     assert torch.equal(out, plain)
+    with torch.inference_mode(), cache:
+        assert torch.equal(model.generate(**x, max_new_tokens=8, do_sample=False), plain)
     proven(TABLE, family, "assisted")
 
 
