@@ -334,14 +334,16 @@ class BlockCache:
         with self._lock:
             if not isinstance(seqs, Sequence):
                 self._append_all(seqs, tokens)  # type: ignore[arg-type]
-            elif not (type(tokens) is int and 0 <= tokens <= MAX_TOKEN and self._can_step(seqs)):
-                self.commit(self.plan([seqs], [[tokens]]))  # type: ignore[list-item]
-            elif seqs.room:
-                self._moves.append_in_room(seqs, tokens)
-            elif self._fits([self._moves.appendable(seqs)]):
-                self._moves.append(seqs, tokens)
-            else:
-                self.commit(self.plan([seqs], [[tokens]]))
+                return
+            if type(tokens) is int and 0 <= tokens <= MAX_TOKEN:
+                # Whatever forbids a step also takes the sequence's room.
+                if seqs.room and seqs._cache is self and seqs.namespace == self.namespace:
+                    self._moves.append_in_room(seqs, tokens)
+                    return
+                if self._can_step(seqs) and self._fits([self._moves.appendable(seqs)]):
+                    self._moves.append(seqs, tokens)
+                    return
+            self.commit(self.plan([seqs], [[tokens]]))  # type: ignore[list-item]
 
     def _append_all(self, seqs: _Sequence[Sequence], tokens: _Sequence[int]) -> None:
         ids = token_array(tokens, "append")
@@ -499,6 +501,7 @@ class BlockCache:
                 tips.update((seq.root, seq.tip))
                 assert len(seq.nodes) == -(-seq.length // self.block_size)
                 if seq.room:
+                    assert not seq.in_step and not seq.closed
                     assert self._index.writer(seq.tip) is seq and self._moves.tails.is_private(seq)
                     assert seq.room + seq.length % self.block_size == self.block_size
                 assert seq.length == 0 or self._index.fill(seq.nodes[-1]) >= (seq.length - 1) % self.block_size + 1
