@@ -143,8 +143,8 @@ class KVCache(FrontendCache):
         Steps of one token per row then run through ``torch.compile``: one graph for a single row, one for any larger
         number, each compiled at its first use. On a CPU, attention of few queries runs in a kernel that is compiled for
         this machine and used by the whole process. Prompts and ``model(x)`` run as before. Where nothing can be
-        compiled (no C++ compiler on a CPU) a warning says so and steps run as before. Call it again after attaching
-        another model.
+        compiled (no C++ compiler on a CPU) a warning says so and steps run as before; models of transformers are not
+        compiled, only their attention uses the kernel. Call it again after attaching another model.
 
         Args:
             pack_weights: on a CPU, also keep a copy of every float32 matrix in the order that is read fastest when
