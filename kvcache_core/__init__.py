@@ -8,6 +8,7 @@ from kvcache_core.admission import AfterSightings, Sampled
 from kvcache_core.cache import BlockCache
 from kvcache_core.errors import (
     BlockError,
+    BlockRefused,
     CacheFull,
     InvalidInput,
     InvalidType,
@@ -16,6 +17,7 @@ from kvcache_core.errors import (
     SequenceClosed,
     StaleSequence,
     StepError,
+    TierError,
     UsageError,
 )
 from kvcache_core.layout import ArraySpec, BlockLayout, LayerSpec
@@ -31,6 +33,7 @@ __all__ = [
     "BlockCache",
     "BlockError",
     "BlockLayout",
+    "BlockRefused",
     "CacheFull",
     "CacheStats",
     "GroupPlan",
@@ -45,5 +48,6 @@ __all__ = [
     "StaleSequence",
     "StepError",
     "StepPlan",
+    "TierError",
     "UsageError",
 ]
