@@ -25,11 +25,13 @@ def token_array(token_ids: TokenIds, what: str) -> array[int]:
     """
     if isinstance(token_ids, (list, tuple)):
         try:
-            tokens = array("i", token_ids)
+            # An array of unsigned integers takes them in half the time of signed ones.
+            tokens = array("i", array("I", token_ids).tobytes())
         except TypeError:
             raise InvalidType(f"{what} must be integers, got {_sample(token_ids)}") from None
         except OverflowError:
-            raise InvalidInput(f"{what} has a token id outside 0 .. {MAX_TOKEN}") from None
+            wrong = next(token for token in token_ids if not 0 <= token <= MAX_TOKEN)
+            raise InvalidInput(f"{what} has a token id outside 0 .. {MAX_TOKEN}: {wrong}") from None
     else:
         values = np.asarray(token_ids)
         if values.ndim != 1:
@@ -45,7 +47,7 @@ def token_array(token_ids: TokenIds, what: str) -> array[int]:
         raise InvalidInput(f"{what} needs at least one token, got none")
     lowest = min(tokens) if len(tokens) < 32 else np.frombuffer(tokens, np.int32).min()
     if lowest < 0:
-        raise InvalidInput(f"{what} has a token id outside 0 .. {MAX_TOKEN}: {lowest}")
+        raise InvalidInput(f"{what} has a token id outside 0 .. {MAX_TOKEN}: {int(lowest) % 2**32}")
     return tokens
 
 
