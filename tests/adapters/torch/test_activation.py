@@ -661,3 +661,34 @@ def test_a_module_that_pays_is_not_left_out():
     stats = cache.stats()
     assert stats.bypassed_calls == 0 and stats.hit_entries == 158
     assert stats.seconds_saved > stats.seconds_spent
+
+
+# ---- compiled modules ------------------------------------------------------------------------------------------------
+
+
+def test_an_attached_compiled_module_computes_its_misses_compiled(model):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    x = rows(0, 8)
+    cache = KVCache(64)
+    cache.attach(compiled)
+    with torch.no_grad():
+        expected = model(x)
+        with cache:
+            compiled(x[:4])
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            assert graphs
+            for count in (6, 8, 8):
+                close(compiled(x[:count]), expected[:count])
+    assert cache.stats().hit_entries == 4 + 6 + 8
+    torch._dynamo.reset()
+
+
+def test_compiling_an_attached_module_is_right_though_not_cached(model, cache):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    x = rows(0)
+    with torch.no_grad(), cache:
+        for _ in range(2):
+            close(compiled(x), model.forward.original(x))
+    torch._dynamo.reset()
