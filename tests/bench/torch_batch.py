@@ -6,7 +6,6 @@ import copy
 import logging
 import time
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -93,10 +92,9 @@ class Work:
         self.answers[CONTINUOUS] = [list(row.generated_tokens) for row in found.values()]
         return took
 
-    def agreement(self, peers: list[str]) -> dict[str, float]:
-        """Share of tokens in which each peer chose what ours did: rounding can turn a near tie."""
-        ours = np.array(self.answers["ours"])
-        return {f"tokens equal to {name}": float((ours == np.array(self.answers[name])).mean()) for name in peers}
+    def agreement(self, peer: str) -> dict[str, float]:
+        """Share of tokens in which the peer chose what ours did: rounding can turn a near tie."""
+        return {"share of equal tokens": float((np.array(self.answers["ours"]) == np.array(self.answers[peer])).mean())}
 
 
 def greedy(model: LlamaForCausalLM, new: int = NEW) -> dict[str, object]:
@@ -109,14 +107,17 @@ def main(*, quick: bool = False) -> Table:
     warnings.simplefilter("ignore")
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     work = Work()
-    title = "PyTorch, 8 prompts behind one prefix"
+    runs = 1 if quick else 5
+    candidates = {"cold": work.cold, "warm": work.warm, BY_HAND: work.by_hand, NO_REUSE: work.no_reuse}
+    samples = alternate(candidates, runs, "8 prompts", warm_up=0 if quick else 1)
     rows = [
-        row(work, "cold", work.cold, {BY_HAND: work.by_hand}, 3 if quick else 5, (BY_HAND, 0.68)),
-        row(work, "cold, against no reuse", work.cold, {NO_REUSE: work.no_reuse}, 1 if quick else 5, (NO_REUSE, 0.15)),
-        row(work, "warm, against no reuse", work.warm, {NO_REUSE: work.no_reuse}, 1 if quick else 3, (NO_REUSE, 0.06)),
+        row("cold", samples, BY_HAND, 0.68, work),
+        row("cold", samples, NO_REUSE, 0.15, work),
+        row("warm", samples, NO_REUSE, 0.06, work),
     ]
     if not quick:
-        rows.append(row(work, "cold, one run", work.cold, {CONTINUOUS: work.continuous}, 1, (CONTINUOUS, 0.1)))
+        once = alternate({"cold": work.cold, CONTINUOUS: work.continuous}, 1, "8 prompts, once", warm_up=0)
+        rows.append(row("cold", once, CONTINUOUS, 0.1, work))
     text = [
         f"{PROMPTS} prompts that share {SHARED:,} tokens and have {OWN} of their own, {NEW} new tokens each, greedy. "
         "Ours: the example model and `kvcache_torch.generate`, the prefix computed once, then all own tokens in "
@@ -125,18 +126,7 @@ def main(*, quick: bool = False) -> Table:
     return Table("torch_batch", title, text, rows)
 
 
-def row(
-    work: Work,
-    case: str,
-    ours: Callable[[], float],
-    peers: dict[str, Callable[[], float]],
-    runs: int,
-    target: tuple[str, float],
-) -> Row:
-    """One case."""
-    # A warm-up run where runs are short; a run of half a minute needs none.
-    samples = alternate({"ours": ours, **peers}, runs, f"8 prompts, {case}", warm_up=int(BY_HAND in peers))
-    agreement = {
-        name: share for name, share in work.agreement().items() if name.removeprefix("tokens equal to ") in peers
-    }
-    return Row.of(case, "s", samples, target=target, extra=agreement)
+def row(case: str, samples: dict[str, list[float]], peer: str, target: float, work: Work) -> Row:
+    """One case against one peer."""
+    sides = {"ours": samples[case], peer: samples[peer]}
+    return Row.of(f"{case}, against {peer}", "s", sides, target=(peer, target), extra=work.agreement(peer))
