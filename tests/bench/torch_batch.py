@@ -123,7 +123,7 @@ def main(*, quick: bool = False) -> Table:
         "Ours: the example model and `kvcache_torch.generate`, the prefix computed once, then all own tokens in "
         "one step. Warm: the prompts are cached, the answers are not.",
     ]
-    return Table("torch_batch", title, text, rows)
+    return Table("torch_batch", "PyTorch: 8 prompts behind one prefix", text, rows)
 
 
 def row(case: str, samples: dict[str, list[float]], peer: str, target: float, work: Work) -> Row:
