@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcache_core.attention import cached_attention
+from kvcache_core.binding import ModelSpec
 from kvcache_core.decoder import CacheDecoder, RecomputeDecoder
-from kvcache_core.frontend import FrontendCache, ModelSpec
+from kvcache_core.frontend import FrontendCache
 from kvcache_core.layout import BlockLayout
 from kvcache_core.plan import StepPlan
 from kvcache_core.sampling import log_softmax

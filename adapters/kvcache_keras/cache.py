@@ -12,8 +12,9 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from kvcache_core.binding import ModelSpec
 from kvcache_core.errors import InvalidInput, InvalidType, KVCacheError
-from kvcache_core.frontend import FrontendCache, ModelSpec
+from kvcache_core.frontend import FrontendCache
 from kvcache_core.layout import BlockLayout
 from kvcache_core.plan import StepPlan
 from kvcache_keras.activation import Site

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kvcache_core.binding import ModelSpec
 from kvcache_core.errors import InvalidType, KVCacheWarning
-from kvcache_core.frontend import Call, FrontendCache, ModelSpec
+from kvcache_core.frontend import Call, FrontendCache
 from kvcache_core.layout import BlockLayout
 from kvcache_core.plan import StepPlan
 from kvcache_core.sequence import Sequence as CachedSequence

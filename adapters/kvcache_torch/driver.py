@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvcache_core.binding import ModelSpec
 from kvcache_core.errors import InvalidInput, KVCacheError
-from kvcache_core.frontend import ModelSpec
 from kvcache_core.worth import Worth
 from kvcache_torch import activation
 from kvcache_torch.compiled import CompiledDecode

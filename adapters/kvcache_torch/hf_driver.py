@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from kvcache_core.binding import ModelSpec
 from kvcache_core.errors import CacheFull, InvalidInput, UsageError
-from kvcache_core.frontend import ModelSpec
 from kvcache_core.plan import StepPlan
 from kvcache_torch.attention import select_outputs
 from kvcache_torch.context import local

@@ -43,6 +43,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("attention",),
     ("sampling",),
     ("stepping",),
+    ("binding",),
+    ("attaching",),
     ("frontend",),
     ("decoder",),
     ("scheduling",),

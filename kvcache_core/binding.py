@@ -1,0 +1,302 @@
+"""A cache and its model: what an adapter supplies, the core and the store behind it, and the weights' namespace."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import weakref
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcache_core.activation import ActivationSite
+from kvcache_core.admission import Admission, admission
+from kvcache_core.cache import BlockCache
+from kvcache_core.errors import InvalidInput, InvalidType, UsageError
+from kvcache_core.identity import named_identity, weights_identity
+from kvcache_core.layout import BlockLayout, LayerSpec
+from kvcache_core.sites import Sites
+from kvcache_core.sizes import parse_memory
+from kvcache_core.stepping import Stepping
+from kvcache_core.store import KVStore
+from kvcache_core.tiering import TierStack
+from kvcache_core.tiers import Tier
+from kvcache_core.weights import check_verify
+from kvcache_core.worth import check_bypass
+
+__all__ = ["ModelBinding", "ModelSpec"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What an adapter has found out about a model.
+
+    Attributes:
+        layers: one spec per attention layer, in the order of their ``layer`` numbers.
+        dtype: the dtype of K and V.
+        output_shape: shape of the model's output per token, for example (V,).
+        output_dtype: its dtype.
+        vocab_size: ids must be below it; None if unknown.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    dtype: str
+    output_shape: tuple[int, ...]
+    output_dtype: str
+    vocab_size: int | None = None
+
+    @property
+    def output_size(self) -> int:
+        """Elements of the output per token."""
+        size = 1
+        for dimension in self.output_shape:
+            size *= dimension
+        return size
+
+
+class ModelBinding(Stepping):
+    """The part of :class:`~kvcache_core.frontend.FrontendCache` that knows the model, its layout and its weights.
+
+    The arguments are described there.
+    """
+
+    def __init__(
+        self,
+        size: int | None = None,
+        *,
+        memory: str | int | None = None,
+        block_size: int = 16,
+        dtype: Any = None,
+        salt: bytes = b"",
+        tiers: Sequence[str | Tier] = (),
+        promote: str = "auto",
+        admit: Admission | str = "all",
+        verify: str = "sample",
+        bypass: str = "never",
+    ) -> None:
+        if size is not None and memory is not None:
+            raise InvalidInput(f"give size (blocks) or memory (bytes), not both; got {size!r} and {memory!r}")
+        if size is None and memory is None:
+            size = 4096
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise InvalidInput(f"size must be a whole number of blocks, at least 1; got {size!r}")
+        if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+            raise InvalidInput(f"block_size must be a whole number of tokens, at least 1; got {block_size!r}")
+        if not isinstance(salt, bytes):
+            raise InvalidType(f"salt must be bytes, got {type(salt).__name__}")
+        self._size = size
+        self._memory = None if memory is None else parse_memory(memory)
+        self._block_size = block_size
+        self._dtype = None if dtype is None else self._dtype_name(dtype)
+        self.salt = salt
+        self.verify = check_verify(verify)
+        self.bypass_rule = check_bypass(bypass)
+        self.model: Any = None
+        self.sites = Sites(self._size, self._memory, admission(admit))
+        self._kind: str | None = None
+        self._site_options: dict[str, Any] = {}
+        self.saw_attention = False
+        self.looks = 0
+        self._served: Callable[[], Any] = lambda: None
+        self.outputs = "all"
+        self.identity: str | None = None
+        self.spec: ModelSpec | None = None
+        self._core: BlockCache | None = None
+        self._store: Any = None
+        self._epoch = b""
+        self._bypassed_calls = 0
+        self._bypass_reasons: Counter[str] = Counter()
+        self._bypassed_tokens = 0
+        self._saved_output_tokens = 0
+        self._warned: set[str] = set()
+        self._prepare_lock = threading.RLock()
+        self._identified: tuple[bytes, bytes] | None = None
+        self._tiers: TierStack | None = None
+        if tiers:
+            self._tiers = TierStack([tiers] if isinstance(tiers, str) else tiers, promote=promote)
+            self._closer = weakref.finalize(self, self._tiers.close)
+
+    # ---- what an adapter supplies --------------------------------------------------------------
+
+    @abstractmethod
+    def _dtype_name(self, dtype: Any) -> str:
+        """The core's name of a native or textual dtype; raises InvalidType."""
+
+    @abstractmethod
+    def _describe(self, model: Any) -> ModelSpec:
+        """Run the model on one token and report what its attention layers store."""
+
+    def _new_site(self, module: Any, **options: Any) -> ActivationSite:
+        """What keeps a module's results per sample."""
+        raise UsageError("this adapter serves token models only")
+
+    @abstractmethod
+    def _new_store(self, layout: BlockLayout, num_blocks: int) -> KVStore:
+        """Native storage for the layout."""
+
+    @abstractmethod
+    def _fingerprint(self, model: Any) -> bytes:
+        """Bytes that change when the model's weights change."""
+
+    def _install_part(self, model: Any) -> None:
+        """:meth:`_install` for a module whose results are kept per sample."""
+        self._install(model)
+
+    def _has_embedding(self, model: Any) -> bool:
+        """Whether the model looks ids up, so that it may be run on one to see whether it is a token model."""
+        return False
+
+    @abstractmethod
+    def _install(self, model: Any) -> None:
+        """Route the model's calls through this cache while it is active."""
+
+    @abstractmethod
+    def _uninstall(self, model: Any) -> None:
+        """Give back exactly the model that was attached."""
+
+    @abstractmethod
+    def _active(self) -> Any:
+        """The cache whose ``with`` block this thread is in, or None."""
+
+    @abstractmethod
+    def _set_active(self, cache: Any) -> None:
+        """Set what :meth:`_active` returns for this thread."""
+
+    # ---- what an adapter may supply ------------------------------------------------------------
+
+    def _parameters(self, model: Any) -> Iterator[tuple[str, NDArray[Any]]]:
+        """(dtype name, elements or their bits) of every distinct weight, for the portable identity."""
+        raise UsageError(
+            "this adapter does not hand over its weights: name them, attach(model, identity='name@version')"
+        )
+
+    # ---- what an adapter may supply, for kvcache_core.testing -------------------------------------
+
+    def native_ids(self, ids: Any) -> Any:
+        """Numpy ids [B, T] as the model takes them."""
+        return ids
+
+    def to_numpy(self, output: Any) -> Any:
+        """A model's output as a numpy float64 array."""
+        return np.asarray(output).astype(np.float64)
+
+    def float64_model(self) -> Callable[[Any], Any] | None:
+        """The attached model in float64 and without a cache, numpy ids [B, T] -> numpy [B, T, ...]; None where the
+        framework or the model cannot.
+        """
+        return None
+
+    # ---- the core behind it --------------------------------------------------------------------
+
+    @property
+    def core(self) -> BlockCache:
+        """The bookkeeping; made at the first use, when the model's layout is known."""
+        self._prepare()
+        if self._core is None:
+            raise UsageError("no model is attached: call cache.attach(model) first")
+        return self._core
+
+    @property
+    def store(self) -> Any:
+        """The native tensors; made at the first use."""
+        self._prepare()
+        return self._store
+
+    @property
+    def epoch(self) -> bytes:
+        """Changes with :meth:`invalidate`."""
+        return self._epoch
+
+    @property
+    def exact(self) -> bool:
+        """Whether stored values are what the model computed: no lossy dtype."""
+        return self.spec is None or self._dtype is None or self._dtype == self.spec.dtype
+
+    def _prepare(self) -> None:
+        if self._core is not None:
+            return
+        with self._prepare_lock:
+            if self._core is not None:
+                return
+            self._check_attached()
+            if self._kind == "activation":
+                raise UsageError(
+                    "this cache keeps the activations of a module; sequences and steps are for token models"
+                )
+            self.spec = self._describe(self.model)
+            self._kind = "tokens"
+            layers = self.spec.layers
+            if self.outputs == "all":
+                layers += (LayerSpec.output(self.spec.output_size, self.spec.output_dtype),)
+            layout = BlockLayout(layers, self._block_size, self._dtype or self.spec.dtype)
+            num_blocks = self._blocks_in(layout) if self._memory is not None else self._size
+            self._store = self._new_store(layout, int(num_blocks or 0))
+            namespace = self._namespace(layout)
+            core = BlockCache(int(num_blocks or 0), layout=layout, namespace=namespace)
+            if self._tiers is not None:
+                self._tiers.bind(core, self._store)
+            myself = weakref.ref(self)
+            core.saver = lambda seq, path: myself()._save(seq, path)  # type: ignore[union-attr]
+            self._core = core
+
+    def _blocks_in(self, layout: BlockLayout, memory: int | None = None) -> int:
+        memory = self._memory if memory is None else memory
+        # One block more than the usable ones: the null block.
+        blocks = (memory or 0) // layout.bytes_per_block - 1
+        if blocks < 1:
+            raise InvalidInput(
+                f"memory={memory} bytes holds no block: two blocks of {layout.block_size} tokens need "
+                f"{2 * layout.bytes_per_block} bytes"
+            )
+        return blocks
+
+    def refresh(self) -> None:
+        """Notice changed weights: from then on nothing computed with the old ones is found."""
+        if self._core is None:
+            self._prepare()
+        elif self._core.layout is not None:
+            self._core.namespace = self._namespace(self._core.layout)
+
+    def _namespace(self, layout: BlockLayout) -> bytes:
+        """16 bytes that stand for the weights, the layout and how often the cache was invalidated."""
+        digest = hashlib.blake2b(digest_size=16)
+        if self._tiers is None:
+            weights = (self.identity or "").encode(), self._fingerprint(self.model)
+        else:
+            # Keys leave the process: the weights go by what any process makes of them.
+            weights = self._portable_identity(), b""
+        for field in (*weights, layout.digest, self._epoch):
+            digest.update(len(field).to_bytes(8, "little") + field)
+        return digest.digest()
+
+    def _portable_identity(self) -> bytes:
+        """The weights' identity for other processes; computed again only after a change was noticed."""
+        mark = self._epoch + self._fingerprint(self.model)
+        known = self._identified
+        if known is None or known[0] != mark:
+            if self.identity is None:
+                weights = weights_identity(self._parameters(self.model))
+            else:
+                # The name was given for the weights as they were: changed ones are nobody's but this process's.
+                changed = "" if known is None else os.urandom(16).hex()
+                weights = named_identity(self.identity + changed)
+            known = self._identified = (mark, weights)
+        return known[1]
+
+    def invalidate(self) -> None:
+        """Never find anything again that was computed before now."""
+        # Random, so that keys in a tier cannot be those of an earlier run either.
+        self._epoch = os.urandom(16)
+        self.looks += 1
+        if self._core is not None and self.model is not None:
+            self.refresh()
+
+    def _check_attached(self) -> None:
+        if self.model is None:
+            raise UsageError("no model is attached: call cache.attach(model) before `with cache:`")
