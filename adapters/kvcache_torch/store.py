@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,7 @@ class TensorStore:
         self.num_blocks = num_blocks
         self.device = torch.device(device)
         self._arrays: dict[tuple[int, str], Tensor] = {}
+        self._allocating = threading.Lock()
         self._group_of = [layout.group_of(layer) for layer in range(len(layout.layers))]
         self._batched: dict[int, tuple[Tensor, Tensor]] = {}
         self._specs = {(layer, array.name): array for layer, spec in enumerate(layout.layers) for array in spec.arrays}
@@ -70,7 +72,13 @@ class TensorStore:
     def array(self, layer: int, name: str) -> Tensor:
         """The tensor [H, slots, D] of one array."""
         array = self._arrays.get((layer, name))
-        return self._allocate(layer, name) if array is None else array
+        if array is None:
+            # Threads may meet here in their first steps: a second tensor would lose what was written to the first.
+            with self._allocating:
+                array = self._arrays.get((layer, name))
+                if array is None:
+                    array = self._allocate(layer, name)
+        return array
 
     def group_of(self, layer: int) -> int:
         """The layer group of a layer."""
@@ -108,7 +116,7 @@ class TensorStore:
         if not len(pairs):
             return
         pairs = _tensor(pairs).to(self.device, torch.int64)
-        for key, array in self._arrays.items():
+        for key, array in list(self._arrays.items()):
             if self.layout.group_of(key[0]) == group:
                 blocks = self._blocks(array)
                 blocks.index_copy_(1, pairs[:, 1], blocks.index_select(1, pairs[:, 0]))

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import threading
+import time
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from kvcache_core import CacheFull, InvalidInput, InvalidType, SequenceClosed, UsageError
 from kvcache_torch import KVCache, attention, generate, positions
+from kvcache_torch.store import TensorStore
 from tests.adapters.torch.models import VOCAB, Small, close, ids, prompt
 
 
@@ -126,6 +128,30 @@ def test_eight_threads_on_one_cache(model):
     assert found == [[tokens] * 4 for tokens in expected]
     cache.core.check_valid()
     assert cache.stats().open_sequences == cache.stats().live_blocks == 0
+
+
+def test_threads_that_meet_in_the_first_step_write_to_one_tensor(model, cache, monkeypatch):
+    store, allocate = cache.store, TensorStore._allocate
+    store._arrays.clear()
+    store._batched.clear()
+    start, found = threading.Barrier(4), []
+
+    def slow(*key):
+        time.sleep(0.05)
+        return allocate(*key)
+
+    monkeypatch.setattr(TensorStore, "_allocate", slow)
+
+    def first_use():
+        start.wait()
+        found.append(store.batched(0))
+
+    threads = [threading.Thread(target=first_use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({keys.data_ptr() for keys, _ in found}) == len({values.data_ptr() for _, values in found}) == 1
 
 
 def test_one_threads_block_is_no_other_threads(model, cache):
