@@ -100,9 +100,12 @@ def attend_reads(
     Returns:
         [B, Hq, T, Dv].
     """
-    if new is None and reads[0].rows is not None:
+    exact = torch.promote_types(q.dtype, torch.float32)  # sums of half precision are kept in float32
+    if new is not None:
+        new = new[0].to(exact), new[1].to(exact)
+    elif reads[0].rows is not None:
         shape = q.shape[:3]
-        new = q.new_zeros(*shape, values.shape[2]), q.new_full(shape, float("-inf"))
+        new = q.new_zeros(*shape, values.shape[2], dtype=exact), q.new_full(shape, float("-inf"), dtype=exact)
     for read in reads:
         part = read.attend(q, keys, values, scale)
         if new is None:
@@ -114,7 +117,7 @@ def attend_reads(
                 whole[read.rows] = merged
     if new is None:
         raise ValueError("a step without tokens")
-    return new[0]
+    return new[0].to(q.dtype)
 
 
 def plan_reads(per_row: Sequence[Sequence[tuple[int, int, int]]], device: torch.device) -> list[Read]:

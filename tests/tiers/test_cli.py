@@ -10,13 +10,14 @@ import pytest
 
 typer_testing = pytest.importorskip("typer.testing")
 
-from kvcache_core.cli import app  # noqa: E402
+from kvcache_core.cli import app, console  # noqa: E402
 from kvcache_core.tiers import open_tier  # noqa: E402
 from tests.tiers.test_tiering import WEIGHTS, Cache, prompt  # noqa: E402
 
 
 def run(*arguments: str) -> tuple[int, str]:
-    done = typer_testing.CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+    console.width = 200  # the console may have been made with a narrower one
+    done = typer_testing.CliRunner().invoke(app, list(arguments))
     return done.exit_code, done.output
 
 
