@@ -67,7 +67,7 @@ class TensorStore:
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(array.nbytes for array in self._arrays.values())
+        return sum(array.nbytes for array in list(self._arrays.values()))
 
     def array(self, layer: int, name: str) -> Tensor:
         """The tensor [H, slots, D] of one array."""
