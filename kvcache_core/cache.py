@@ -266,31 +266,46 @@ class BlockCache:
                 rows = self._room.reserve(pairs)
             return StepPlan(rows, self._windows[:used], self.block_size)
 
-    def commit(self, plan: StepPlan, *, unwritten: _Sequence[int] = ()) -> None:
+    def commit(
+        self, plan: StepPlan, tokens: _Sequence[TokenIds] | None = None, *, unwritten: _Sequence[int] = ()
+    ) -> None:
         """The step's arrays are written: append its tokens, publish full blocks, drop what windows passed.
 
         Args:
             plan: the step.
+            tokens: each row's new tokens, where they were not known when the step was planned because a graph
+                chose several by itself: at least one per row, at most as many as planned. Room that they do not
+                need stays reserved for their sequence.
             unwritten: per layer group, so many leading blocks of each row's table have not been written: a window has
                 passed them. They are not published.
 
         Raises:
+            InvalidInput: ``tokens`` is not as many as that; the step is still open then.
             StepError: the plan was committed or rolled back before.
             InvalidInput: a block that is still visible is said to be unwritten; nothing was changed.
+
+        Example:
+            >>> core = BlockCache(num_blocks=64, block_size=4)
+            >>> seq = core.open([1, 2])
+            >>> core.commit(core.plan([seq], [[1, 2, 0, 0, 0]]), [[1, 2, 7]])
+            >>> seq.tokens
+            [1, 2, 7]
         """
+        rows = plan.rows if tokens is None else _with_tokens(plan, tokens)
         with self._lock:
-            skipped = self._unwritten(plan, unwritten) if any(unwritten) else []
-            for row in self._finish(plan, "commit"):
+            skipped = self._unwritten(rows, unwritten) if any(unwritten) else []
+            self._finish(plan, "commit")
+            for row in rows:
                 self._moves.commit(row)
             for number, block in skipped:
                 if self._index.node(number, block):
                     self.groups[number].pool.unmark_findable(block)
                     self._index.detach(number, block)
 
-    def _unwritten(self, plan: StepPlan, counts: _Sequence[int]) -> list[tuple[int, int]]:
+    def _unwritten(self, rows: _Sequence[Reservation], counts: _Sequence[int]) -> list[tuple[int, int]]:
         """(layer group, block) of the plan's new blocks that hold nothing."""
         found: list[tuple[int, int]] = []
-        for row in plan.rows:
+        for row in rows:
             seq, end = row.seq, row.seq.length + len(row.tokens)
             for number, count in enumerate(counts):
                 if count > first_visible_block(end, self.groups[number].window, self.block_size):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,10 +13,12 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from kvcache_core.binding import ModelSpec
-from kvcache_core.errors import InvalidInput, InvalidType, KVCacheError
+from kvcache_core.errors import CacheFull, InvalidInput, InvalidType, KVCacheError
 from kvcache_core.frontend import FrontendCache
 from kvcache_core.layout import BlockLayout
 from kvcache_core.plan import StepPlan
+from kvcache_core.sequence import Sequence as CachedSequence
+from kvcache_core.types import TokenIds
 from kvcache_keras.activation import Site
 from kvcache_keras.attach import AttachedCall
 from kvcache_keras.context import local, not_recording, outside, stepping
@@ -210,6 +212,43 @@ class KVCache(FrontendCache):
     def _run_greedy(self, plan: StepPlan) -> NDArray[Any]:
         with not_recording():
             chosen: NDArray[Any] = tf.argmax(self.runner.run(plan)[:, 0], axis=-1).numpy()
+        return chosen
+
+    def decode_greedy(
+        self,
+        seqs: Sequence[CachedSequence],
+        token_ids: Sequence[TokenIds],
+        count: int,
+        eos_ids: Collection[int] = (),
+    ) -> NDArray[np.int64]:
+        """As :meth:`FrontendCache.decode_greedy`, in one graph that returns to Python when all is done.
+
+        The graph works on a copy of the rows' context. Where that would be larger than the pool itself, and where
+        there is no room for all ``count`` tokens, the steps are run one by one.
+        """
+        if any(len(ids) != 1 for ids in token_ids):
+            first = self.step_greedy(seqs, token_ids)[:, None]
+            if count == 1 or np.isin(first, list(eos_ids)).any():
+                return first
+            return np.concatenate((first, self.decode_greedy(seqs, first.tolist(), count - 1, eos_ids)), axis=1)
+        blocks = -(-max(seq.length + count for seq in seqs) // self.core.block_size) if seqs else 0
+        if blocks * len(seqs) > self.core.num_blocks:
+            return super().decode_greedy(seqs, token_ids, count, eos_ids)
+        for ids in token_ids:
+            self.check_vocabulary(ids)
+        try:
+            plan = self.core.plan(seqs, [[*ids, *[0] * (count - 1)] for ids in token_ids])
+        except CacheFull:
+            if count == 1:
+                raise
+            return super().decode_greedy(seqs, token_ids, count, eos_ids)
+        try:
+            with not_recording():
+                chosen = self.runner.choose(plan, eos_ids).astype(np.int64)
+        except BaseException:
+            self.core.rollback(plan)
+            raise
+        self.core.commit(plan, [[*ids, *row[:-1]] for ids, row in zip(token_ids, chosen.tolist(), strict=True)])
         return chosen
 
     def _run_all(self, plan: StepPlan) -> NDArray[Any]:

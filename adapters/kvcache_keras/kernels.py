@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["attend", "attend_in_chunks", "causal_mask", "dimensions", "plain_attention", "reshape"]
+__all__ = [
+    "Part",
+    "attend",
+    "attend_in_chunks",
+    "attend_parts",
+    "causal_mask",
+    "dimensions",
+    "plain_attention",
+    "reshape",
+]
 
 _Tensor = Any
 _CHUNK = 256
@@ -44,8 +54,8 @@ def attend(
 
     Args:
         q: [B, T, Hq, D].
-        k: [Hkv, B, S, D].
-        v: [Hkv, B, S, Dv].
+        k: [B, Hkv, S, D].
+        v: [B, Hkv, S, Dv].
         mask: bool [B or 1, T, S], or None where everything is visible.
         scale: factor on the scores; default 1 / sqrt(D).
         softcap: scores become ``softcap * tanh(scores / softcap)``.
@@ -54,32 +64,87 @@ def attend(
         [B, T, Hq, Dv].
     """
     batch, new, heads, size = dimensions(q)
-    kv_heads, _, context, value_size = dimensions(v)
+    _, kv_heads, context, value_size = dimensions(v)
     group = heads // kv_heads
     rows, q_is_single = group * new, q.shape[1] == 1
     q = q * tf.constant(size**-0.5 if scale is None else scale, q.dtype)  # tf.cast would round to float32 first
-    q = reshape(q, (batch, new, kv_heads, group, size))
-    q = reshape(tf.transpose(q, (2, 0, 3, 1, 4)), (kv_heads, batch, rows, size))
-    if q_is_single:
-        # The large operand on the left: with the few queries there, TensorFlow reads the keys 1.6 times slower.
-        scores = tf.transpose(tf.matmul(k, q, transpose_b=True), (0, 1, 3, 2))
-    else:
-        scores = tf.matmul(q, k, transpose_b=True)
-    if scores.dtype in (tf.float16, tf.bfloat16):
-        scores = tf.cast(scores, tf.float32)
-    if softcap is not None:
-        scores = softcap * tf.tanh(scores / softcap)
+    if not q_is_single:
+        q = tf.transpose(reshape(q, (batch, new, kv_heads, group, size)), (0, 2, 3, 1, 4))
+    q = reshape(q, (batch, kv_heads, rows, size))
+    scores = _softcapped(tf.matmul(q, k, transpose_b=True), softcap)
     if mask is not None:
         # A choice, not a sum: what is not visible may hold anything, NaN included.
         hidden = tf.constant(scores.dtype.min, scores.dtype)
         if q_is_single:
-            scores = tf.where(mask[None], scores, hidden)
+            scores = tf.where(mask[:, None], scores, hidden)
         else:
-            scores = reshape(scores, (kv_heads, batch, group, new, context))
-            scores = reshape(tf.where(mask[None, :, None], scores, hidden), (kv_heads, batch, rows, context))
-    weights = tf.cast(tf.nn.softmax(scores), v.dtype)
-    y = reshape(tf.matmul(weights, v), (kv_heads, batch, group, new, value_size))
-    return reshape(tf.transpose(y, (1, 3, 0, 2, 4)), (batch, new, heads, value_size))
+            scores = reshape(scores, (batch, kv_heads, group, new, context))
+            scores = reshape(tf.where(mask[:, None, None], scores, hidden), (batch, kv_heads, rows, context))
+    y = tf.matmul(tf.cast(tf.nn.softmax(scores), v.dtype), v)
+    if not q_is_single:
+        y = tf.transpose(reshape(y, (batch, kv_heads, group, new, value_size)), (0, 3, 1, 2, 4))
+    return reshape(y, (batch, new, heads, value_size))
+
+
+def attend_parts(
+    q: _Tensor,
+    parts: Sequence[Part],
+    bias: _Tensor,
+    scale: float | None,
+    softcap: float | None,
+) -> _Tensor:
+    """:func:`attend` for one token per row, over a context that lies in several parts.
+
+    Args:
+        q: [B, 1, Hq, D].
+        parts: keys and values, finite everywhere.
+        bias: [B, 1, 1, S], added to the scores of all parts' S keys.
+        scale: as for :func:`attend`.
+        softcap: as for :func:`attend`.
+
+    Returns:
+        [B, 1, Hq, Dv].
+    """
+    heads, size = q.shape[2:]
+    kv_heads, value_size = parts[0].values.shape[1], parts[0].values.shape[3]
+    q = q * tf.constant(size**-0.5 if scale is None else scale, q.dtype)
+    q = tf.reshape(q, (-1, kv_heads, heads // kv_heads, size))
+    scores = tf.concat([part.matmul(q, part.keys) for part in parts], axis=-1)
+    scores = _softcapped(scores, softcap) + bias
+    # TensorFlow's own softmax takes longer to set up than to compute, and would be put in if the division came first.
+    weights = tf.exp(scores - tf.reduce_max(scores, axis=-1, keepdims=True))
+    total = tf.reduce_sum(weights, axis=-1, keepdims=True)
+    shares = tf.split(tf.cast(weights, q.dtype), [tf.shape(part.values)[2] for part in parts], axis=-1)
+    y = tf.add_n([part.matmul(share, part.values) for share, part in zip(shares, parts, strict=True)])
+    return tf.reshape(y / tf.cast(total, y.dtype), (-1, 1, heads, value_size))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a layer's context.
+
+    Attributes:
+        keys: [B, H, D, S]: turned, because queries times turned keys is what TensorFlow does fastest.
+        values: [B, H, S, D].
+        is_long: whether it may be long: TensorFlow then uses oneDNN, which takes longer to set up.
+    """
+
+    keys: _Tensor
+    values: _Tensor
+    is_long: bool
+
+    def matmul(self, a: _Tensor, b: _Tensor) -> _Tensor:
+        """Batched a times b."""
+        if self.is_long or a.dtype != tf.float32 or tf.config.list_physical_devices("GPU"):
+            return tf.matmul(a, b)
+        return tf.raw_ops.BatchMatMulV3(x=a, y=b, Tout=a.dtype)  # the one that is never handed to oneDNN
+
+
+def _softcapped(scores: _Tensor, softcap: float | None) -> _Tensor:
+    """Scores, in float32 at least, after the cap."""
+    if scores.dtype in (tf.float16, tf.bfloat16):
+        scores = tf.cast(scores, tf.float32)
+    return scores if softcap is None else softcap * tf.tanh(scores / softcap)
 
 
 def attend_in_chunks(
@@ -110,7 +175,7 @@ def attend_in_chunks(
         keys = first[:, None] + tf.range(start, stop)
         mask = causal_mask(q_positions[:, begin:end], keys, window)
         y = attend(q[:, begin:end], k[:, :, start:stop], v[:, :, start:stop], mask, scale, softcap)
-        return number + 1, done.write(number, tf.transpose(y, (1, 0, 2, 3)))
+        return number + 1, done.write(number, tf.transpose(y, (1, 0, 2, 3)))  # [T, B, Hq, Dv]
 
     count = (new + _CHUNK - 1) // _CHUNK
     parts = tf.TensorArray(v.dtype, size=count, infer_shape=False, element_shape=(None, q.shape[0], heads, value_size))
@@ -138,7 +203,7 @@ def plain_attention(
     in_chunks: bool = False,
 ) -> _Tensor:
     """Causal attention of [B, T, H, D] among themselves, differentiable."""
-    k, v = tf.transpose(k, (2, 0, 1, 3)), tf.transpose(v, (2, 0, 1, 3))
+    k, v = tf.transpose(k, (0, 2, 1, 3)), tf.transpose(v, (0, 2, 1, 3))
     if q.shape[1] == 1:
         return attend(q, k, v, None, scale, softcap)
     where = tf.range(tf.shape(q)[1])[None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kvcache_core.plan import StepPlan
 from kvcache_keras.context import outside, stepping
+from kvcache_keras.greedy import choose_greedily
 from kvcache_keras.kernels import dimensions, plain_attention, reshape
 from kvcache_keras.step import Step, check_query, pack, signature
 from kvcache_keras.store import TensorStore
@@ -64,6 +65,13 @@ class StepRunner:
         self.copy(plan)
         return self.function(name)(*inputs, *pack(plan, self._store))
 
+    def choose(self, plan: StepPlan, eos_ids: Collection[int]) -> NDArray[np.int32]:
+        """Greedy tokens [B, n] of a plan whose rows have N tokens each, all but the first to be chosen; n <= N."""
+        self.copy(plan)
+        ends = np.array(sorted(eos_ids), np.int32)
+        chosen: NDArray[np.int32] = self.function("loop")(ends, *pack(plan, self._store)).numpy()
+        return chosen
+
     def copy(self, plan: StepPlan) -> None:
         """Do the copies a plan asks for."""
         for number, group in enumerate(plan.groups):
@@ -97,6 +105,16 @@ class StepRunner:
             spec = [tf.TensorSpec([None, None], tf.int32)]
             spec += signature(len(self._store.layout.groups), size, None)
             return tf.function(run_all, input_signature=spec, autograph=False)
+
+        if name == "loop":
+
+            def choose(eos_ids: _Tensor, *packed: _Tensor) -> _Tensor:
+                self.traces[name] += 1
+                step = Step(self._store, self._dtype, packed, last_only=True)
+                return choose_greedily(step, self._run_model, eos_ids)
+
+            spec = [tf.TensorSpec([None], tf.int32), *signature(self._attention_groups, size, None)]
+            return tf.function(choose, input_signature=spec, autograph=False)
 
         def run(*packed: _Tensor) -> _Tensor:
             self.traces[name] += 1

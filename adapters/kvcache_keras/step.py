@@ -109,15 +109,14 @@ class Step:
             InvalidType: another dtype than the cache's.
         """
         layer = len(self.used) if layer is None else layer
-        self._check(q, k, v, layer, window)
+        self.check(q, k, v, layer, window)
         number = self.store.layout.group_of(layer)
         self.write(layer, "k", k)
         self.write(layer, "v", v)
-        heads = k.shape[2]
-        keys, values = (self._read(layer, name, number, heads, q.dtype) for name in "kv")
+        keys, values = (self.read(layer, name, q.dtype) for name in "kv")
         if q.shape[1] == 1:
-            return attend(q, keys, values, self._mask(number, window), scale, softcap)
-        first = self._group(number)[2]
+            return attend(q, keys, values, self.mask(number, window), scale, softcap)
+        first = self.group(number)[2]
         return attend_in_chunks(q, keys, values, self.positions, first, window, scale, softcap)
 
     def write(self, layer: int, name: str, values: _Tensor) -> None:
@@ -136,17 +135,20 @@ class Step:
                 self.shared[key] = tf.zeros(tf.concat((tf.shape(places)[:-1], values.shape[3:]), 0), array.dtype)
             array.scatter_nd_update(places, self.shared[key])
 
-    def _read(self, layer: int, name: str, number: int, heads: int, dtype: Any) -> _Tensor:
-        """[H, B, S, D] of all that the new tokens can see."""
-        array = self.store.array(layer, name)
-        blocks = tf.gather(array, self._rows(number, heads))
+    def read(self, layer: int, name: str, dtype: Any) -> _Tensor:
+        """[B, H, S, D] of all that the new tokens can see."""
+        array, spec = self.store.array(layer, name), self.store.spec(layer, name)
+        number = self.store.layout.group_of(layer)
+        blocks = tf.gather(array, self._rows(number, spec.heads))
         key = ("shape", number)
         if key not in self.shared:
-            rows, width = tf.unstack(tf.shape(self._group(number)[1]))
+            rows, width = tf.unstack(tf.shape(self.group(number)[1]))
             self.shared[key] = (rows, width * array.shape[1])
-        return tf.cast(tf.reshape(blocks, (heads, *self.shared[key], array.shape[2])), dtype)
+        rows, context = self.shared[key]
+        return tf.cast(tf.reshape(blocks, (rows, spec.heads, context, spec.size)), dtype)
 
-    def _group(self, number: int) -> Sequence[_Tensor]:
+    def group(self, number: int) -> Sequence[_Tensor]:
+        """A layer group's part of :attr:`packed`: slots, visible blocks, position of the first of them, tail slots."""
         at = 4 + _PER_GROUP * number
         return self.packed[at : at + _PER_GROUP]
 
@@ -154,29 +156,33 @@ class Step:
         """int32 [B, T, H, 2]: (row, offset) of the group's slots."""
         key = ("places", number, heads, which)
         if key not in self.shared:
-            slots = self._group(number)[which][:, :, None]
+            slots = self.group(number)[which][:, :, None]
             size = self.store.layout.block_size
             rows = tf.range(heads) * self.packed[3] + slots // size
             self.shared[key] = tf.stack((rows, tf.broadcast_to(slots % size, tf.shape(rows))), axis=-1)
         return self.shared[key]
 
     def _rows(self, number: int, heads: int) -> _Tensor:
-        """int32 [H, B, blocks]."""
+        """int32 [B, H, blocks]."""
         key = ("rows", number, heads)
         if key not in self.shared:
-            self.shared[key] = tf.range(heads)[:, None, None] * self.packed[3] + self._group(number)[1]
+            self.shared[key] = tf.range(heads)[:, None] * self.packed[3] + self.group(number)[1][:, None]
         return self.shared[key]
 
-    def _mask(self, number: int, window: int | None) -> _Tensor:
+    def mask(self, number: int, window: int | None) -> _Tensor:
         """Bool [B, T, S]."""
         key = ("mask", number)
         if key not in self.shared:
-            _, blocks, first, _ = self._group(number)
-            count = tf.shape(blocks)[1] * self.store.layout.block_size
-            self.shared[key] = causal_mask(self.positions, first[:, None] + tf.range(count), window)
+            self.shared[key] = causal_mask(self.positions, self.visible_positions(number), window)
         return self.shared[key]
 
-    def _check(self, q: _Tensor, k: _Tensor, v: _Tensor, layer: int, window: int | None) -> None:
+    def visible_positions(self, number: int) -> _Tensor:
+        """int32 [B, S]: the positions of what :meth:`read` gives."""
+        _, blocks, first, _ = self.group(number)
+        return first[:, None] + tf.range(tf.shape(blocks)[1] * self.store.layout.block_size)
+
+    def check(self, q: _Tensor, k: _Tensor, v: _Tensor, layer: int, window: int | None) -> None:
+        """Raise unless this is the layer's first call in the step, with the shapes and dtype it was attached with."""
         layers = self.store.layout.layers
         if not 0 <= layer < len(layers) or layers[layer].kind != "attention":
             count = sum(spec.kind == "attention" for spec in layers)

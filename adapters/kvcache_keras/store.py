@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from kvcache_core.errors import InvalidInput, InvalidType
-from kvcache_core.layout import DTYPE_BYTES, BlockLayout
+from kvcache_core.layout import DTYPE_BYTES, ArraySpec, BlockLayout
 from kvcache_core.store import BlockBytes, packed_view
 from kvcache_core.types import BlockId
 
@@ -37,8 +37,8 @@ def dtype_name(dtype: Any) -> str:
 class TensorStore:
     """Variables of shape [H * (num_blocks + 1), block_size, D] per layer and array name.
 
-    Row ``h * (num_blocks + 1) + block`` is a block of head h, so a gather by rows gives [H, B, blocks, block_size, D],
-    which is [H, B, S, D] without a transpose. The variables are never read plainly: TensorFlow copies all of a
+    Row ``h * (num_blocks + 1) + block`` is a block of head h, so a gather by rows gives [B, H, blocks, block_size, D],
+    which is [B, H, S, D] without a transpose. The variables are never read plainly: TensorFlow copies all of a
     variable that was ever updated by scatter.
 
     Args:
@@ -68,6 +68,10 @@ class TensorStore:
     def array(self, layer: int, name: str) -> tf.Variable:
         """The variable [H * (num_blocks + 1), block_size, D] of one array."""
         return self._arrays[layer, name]
+
+    def spec(self, layer: int, name: str) -> ArraySpec:
+        """Heads and size of one array."""
+        return self._specs[layer, name]
 
     def write(self, layer: int, name: str, slots: Any, values: Any) -> None:
         """Write ``values`` [N, H, D] at ``slots`` [N].

@@ -182,7 +182,7 @@ def test_threads_share_one_cache() -> None:
     assert found == {number: [True] * 15 for number in range(8)}
     cache.core.check_valid()
     assert cache.stats().live_blocks == 0
-    assert cache.runner.traces == {"prefill": 1, "decode": 1, "outputs": 1}
+    assert set(cache.runner.traces.values()) == {1}
 
 
 def test_another_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def test_one_trace_whatever_lengths_and_batch_sizes() -> None:
         generate(model, prompts, max_new_tokens=1)
     cache.resize(300)
     generate(model, ids(2, 60, seed=99).tolist(), max_new_tokens=2, cache=cache)
-    assert cache.runner.traces == {"prefill": 1, "decode": 1}
+    assert cache.runner.traces == {"prefill": 1, "loop": 1}
     assert recompute_of(model).traces == 1
 
 

@@ -1,0 +1,131 @@
+"""Several greedy steps in one graph: the rows' context is gathered once, and the steps stay out of Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import tensorflow as tf
+
+from kvcache_keras.kernels import Part, attend_parts
+from kvcache_keras.step import Step
+
+__all__ = ["choose_greedily"]
+
+_Tensor = Any
+_SHORT = 384
+"""Tokens of context up to which the multiplication that takes less time to set up is the faster one."""
+
+
+@dataclass
+class LoopStep(Step):
+    """One step of the loop. New K and V do not go into the store but stand beside the context.
+
+    Args:
+        context: per layer, what there was before the loop.
+        own: per layer, what the loop has added.
+        start: int32 [B, 1], position of the loop's first token.
+    """
+
+    context: dict[int, list[Part]] = field(default_factory=dict)
+    own: dict[int, Part] = field(default_factory=dict)
+    start: _Tensor = None
+
+    def attend(
+        self,
+        q: _Tensor,
+        k: _Tensor,
+        v: _Tensor,
+        layer: int | None,
+        window: int | None,
+        scale: float | None,
+        softcap: float | None,
+    ) -> _Tensor:
+        """As :meth:`Step.attend`, for one token per row."""
+        layer = len(self.used) if layer is None else layer
+        self.check(q, k, v, layer, window)
+        self.own[layer] = self._grown(layer, k, v)
+        bias = self._bias(self.store.layout.group_of(layer), window)
+        return attend_parts(q, [*self.context[layer], self.own[layer]], bias, scale, softcap)
+
+    def _grown(self, layer: int, k: _Tensor, v: _Tensor) -> Part:
+        """The layer's own part with the step's K and V, as the store would have rounded them."""
+        k, v = (tf.cast(tf.cast(x, self.store.array(layer, name).dtype), x.dtype) for name, x in (("k", k), ("v", v)))
+        before = self.own[layer]
+        keys = tf.reshape(k, (-1, *before.keys.shape[1:3], 1))
+        values = tf.reshape(v, (-1, before.values.shape[1], 1, before.values.shape[3]))
+        return Part(tf.concat((before.keys, keys), axis=3), tf.concat((before.values, values), axis=2), is_long=False)
+
+    def _bias(self, number: int, window: int | None) -> _Tensor:
+        """[B, 1, 1, S]: 0 at what the step's token can see in context and own part, else the least number."""
+        key = ("bias", number)
+        if key not in self.shared:
+            context = self.visible_positions(number)
+            known = context < self.start
+            own = tf.range(self.start[0, 0], self.positions[0, 0] + 1)[None] - self.start[:1] + self.start
+            mask = tf.concat((known, tf.ones_like(own, tf.bool)), axis=1)
+            if window is not None:
+                mask &= tf.concat((context, own), axis=1) > self.positions - window
+            wide = tf.float64 if self.dtype == "float64" else tf.float32
+            self.shared[key] = tf.where(mask, tf.zeros((), wide), wide.min)[:, None, None]
+        return self.shared[key]
+
+
+def choose_greedily(step: Step, run_model: Callable[[Step], _Tensor], eos_ids: _Tensor) -> _Tensor:
+    """Run a step of N tokens per row of which only the first is known: each next one is the most likely.
+
+    Args:
+        step: the step; all its rows have N new tokens.
+        run_model: runs the model for a step of one token, [B, 1, V].
+        eos_ids: int32 [E]; the loop ends behind the step in which any row chose one of them.
+
+    Returns:
+        int32 [B, n], 1 <= n <= N, the chosen tokens. The store holds K and V of the first n tokens.
+    """
+    layers = [number for number, spec in enumerate(step.store.layout.layers) if spec.kind == "attention"]
+    context = {layer: _context(step, layer) for layer in layers}
+    rows, count = tf.unstack(tf.shape(step.tokens))
+
+    def body(at: _Tensor, token: _Tensor, chosen: _Tensor, _: _Tensor, *own: list[_Tensor]) -> list[Any]:
+        packed = [token, step.positions[:, at : at + 1], step.last_index * 0, *step.packed[3:]]
+        now = LoopStep(step.store, step.dtype, packed, True, context=context, start=step.positions[:, :1])
+        now.own = {layer: Part(k, v, is_long=False) for layer, k, v in zip(layers, *own, strict=True)}
+        token = tf.argmax(run_model(now)[:, 0], axis=-1, output_type=tf.int32)[:, None]
+        ended = tf.reduce_any(token == eos_ids)
+        keys, values = [now.own[layer].keys for layer in layers], [now.own[layer].values for layer in layers]
+        return [at + 1, token, tf.concat((chosen, token), axis=1), ended, keys, values]
+
+    start = [tf.constant(0), step.tokens[:, :1], tf.zeros((rows, 0), tf.int32), tf.constant(False)]
+    start += [[context[layer][0].keys[..., :0] for layer in layers]]
+    start += [[context[layer][0].values[:, :, :0] for layer in layers]]
+    shapes = tf.nest.map_structure(lambda x: tf.TensorShape([None] * len(x.shape)), start)
+    shapes[1] = tf.TensorShape([None, 1])
+    shapes[4] = [tf.TensorShape([None, *keys.shape[1:3], None]) for keys in start[4]]
+    shapes[5] = [tf.TensorShape([None, values.shape[1], None, values.shape[3]]) for values in start[5]]
+    _, _, chosen, _, *own = tf.while_loop(
+        lambda at, token, chosen, ended, *_: (at < count) & ~ended, body, start, shapes, parallel_iterations=1
+    )
+    unused = count - tf.shape(chosen)[1]
+    for layer, keys, values in zip(layers, *own, strict=True):
+        for name, new in (("k", tf.transpose(keys, (0, 3, 1, 2))), ("v", tf.transpose(values, (0, 2, 1, 3)))):
+            # Zeros in the slots that were planned and not used: see Step.write.
+            step.write(layer, name, tf.pad(new, [[0, 0], [0, unused], [0, 0], [0, 0]]))
+    return chosen
+
+
+def _context(step: Step, layer: int) -> list[Part]:
+    """What the layer has before the loop, as a long part and a short one, of which one is empty."""
+    number = step.store.layout.group_of(layer)
+    key = ("known", number)
+    if key not in step.shared:
+        step.shared[key] = (step.visible_positions(number) < step.positions[:, :1])[:, None, :, None]
+    k, v = (step.read(layer, name, step.dtype) for name in "kv")
+    k, v = (tf.where(step.shared[key], x, tf.zeros((), x.dtype)) for x in (k, v))
+    count = tf.shape(v)[2]
+    long = tf.where(count > _SHORT, count, 0)
+    k = tf.transpose(k, (0, 1, 3, 2))
+    return [
+        Part(k[..., :long], v[:, :, :long], is_long=True),
+        Part(k[..., long:], v[:, :, long:], is_long=False),
+    ]
