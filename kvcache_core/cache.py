@@ -7,6 +7,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as _Sequence
+from dataclasses import replace
+from operator import gt
 
 import numpy as np
 
@@ -557,3 +559,12 @@ class BlockCache:
     def _new_id(self) -> SeqId:
         self._next_id += 1
         return SeqId(self._next_id)
+
+
+def _with_tokens(plan: StepPlan, tokens: _Sequence[TokenIds]) -> list[Reservation]:
+    """The plan's rows with the tokens that they came to have."""
+    ids = [token_array(row, f"row {number}") for number, row in enumerate(tokens)]
+    found, planned = [len(row) for row in ids], [len(row.tokens) for row in plan.rows]
+    if len(found) != len(planned) or any(map(gt, found, planned)):
+        raise InvalidInput(f"the rows of this step may have at most {planned} new tokens, got {found}")
+    return [replace(row, tokens=own) for row, own in zip(plan.rows, ids, strict=True)]
