@@ -234,6 +234,8 @@ class KVCache(FrontendCache):
         blocks = -(-max(seq.length + count for seq in seqs) // self.core.block_size) if seqs else 0
         if blocks * len(seqs) > self.core.num_blocks:
             return super().decode_greedy(seqs, token_ids, count, eos_ids)
+        if self._weights_changed():
+            self.refresh()
         for ids in token_ids:
             self.check_vocabulary(ids)
         try:
