@@ -282,9 +282,9 @@ class BlockCache:
                 passed them. They are not published.
 
         Raises:
-            InvalidInput: ``tokens`` is not as many as that; the step is still open then.
+            InvalidInput: ``tokens`` is not as many as that, or a block that is still visible is said to be
+                unwritten; nothing was changed and the step is still open.
             StepError: the plan was committed or rolled back before.
-            InvalidInput: a block that is still visible is said to be unwritten; nothing was changed.
 
         Example:
             >>> core = BlockCache(num_blocks=64, block_size=4)
