@@ -75,11 +75,12 @@ class Decoder(Protocol):
     def check_tokens(self, tokens: Sequence[int]) -> None:
         """Raise InvalidInput for ids that the model does not have."""
 
-    def fits(self, running: Sequence[tuple[Any, int]], prompt: tuple[int, int, int], shared: int) -> bool:
+    def fits(self, running: Sequence[tuple[Any, int, int, int]], prompt: tuple[int, int, int], shared: int) -> bool:
         """Whether a prompt has room beside running rows.
 
         Args:
-            running: (sequence, tokens it will have at most) of each row.
+            running: (sequence, tokens of its prompt, new tokens, continuations) of each row; more than one
+                continuation only until they are forked.
             prompt: (tokens, new tokens, continuations).
             shared: leading tokens of the prompt that a running row holds.
         """
@@ -146,7 +147,9 @@ class CacheDecoder:
         """Raise InvalidInput for ids that the model's embedding does not have."""
         self._cache.check_vocabulary(tokens)
 
-    def fits(self, running: Sequence[tuple[CachedSequence, int]], prompt: tuple[int, int, int], shared: int) -> bool:
+    def fits(
+        self, running: Sequence[tuple[CachedSequence, int, int, int]], prompt: tuple[int, int, int], shared: int
+    ) -> bool:
         """Whether a prompt has room: blocks that are free or evictable, less what running rows will still take."""
         length, new, copies = prompt
         core = self._cache.core
@@ -156,10 +159,11 @@ class CacheDecoder:
                     continue
                 needed = self._blocks(self._kept(length, new, group.window)) + self._forks(new, copies)
                 needed -= shared // self._block_size if group.window is None else 0
-                for seq, longest in running:
+                for seq, tokens, added, forks in running:
                     held = len(seq.tables[number]) - seq.dropped[number]
                     # One more: a shared last block is copied when it is written.
-                    needed += max(0, self._blocks(self._kept(longest, 0, group.window)) - held) + 1
+                    needed += max(0, self._blocks(self._kept(tokens + added, 0, group.window)) - held) + 1
+                    needed += self._forks(added, forks)
                 if needed > group.pool.num_available:
                     return False
         return True
@@ -264,7 +268,7 @@ class RecomputeDecoder:
     def check_tokens(self, tokens: Sequence[int]) -> None:
         """Nothing to check: the model says so itself."""
 
-    def fits(self, running: Sequence[tuple[Any, int]], prompt: tuple[int, int, int], shared: int) -> bool:
+    def fits(self, running: Sequence[tuple[Any, int, int, int]], prompt: tuple[int, int, int], shared: int) -> bool:
         """Always: nothing is kept."""
         return True
 

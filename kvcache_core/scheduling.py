@@ -98,8 +98,12 @@ class PromptQueue:
             return True
         held = max(min(_common(job, other), int(seq.length)) for other, seq in rows)
         shared = min(held, self._decoder.cached_length(job.tokens)) if held else 0
-        longest = [(seq, len(other.tokens) + other.new) for other, seq in rows]
-        return self._decoder.fits(longest, (len(job.tokens), job.new, job.copies), shared)
+        # A prompt that is being computed has its continuations still before it.
+        computing = {id(other) for other in self.computing}
+        running = [
+            (seq, len(other.tokens), other.new, other.copies if id(other) in computing else 1) for other, seq in rows
+        ]
+        return self._decoder.fits(running, (len(job.tokens), job.new, job.copies), shared)
 
     def _leader_is_ahead(self, job: Job) -> bool:
         """Whether a prompt being computed will leave a good part of this one in the cache."""

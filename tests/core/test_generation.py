@@ -127,6 +127,13 @@ def test_waiting_prompts_join_while_others_run():
     assert sum(rows == 2 for rows, count in cached.cache.steps if count == 1) >= 2
 
 
+def test_continuations_that_are_not_forked_yet_need_room_too():
+    cached, plain = decoders(replace(CONFIG, windows=(None,), block_size=2), 24)
+    prompts, options = [[7, 2], [7], [7], [7, 7]], GenerateOptions(9, sampling=Sampling(0.9, seed=0), n=2)
+    assert generate_tokens(cached, prompts, options) == generate_tokens(plain, prompts, options)
+    cached.cache.check_at_rest()
+
+
 def test_a_long_prompt_does_not_starve_the_rows_that_run():
     cached, _ = decoders(replace(CONFIG, windows=(None,)), 30)
     prompts, limits = [[0, *text(0, 7)], [1, *text(1, 39)], [2, *text(2, 63)]], [20, 2, 1]
