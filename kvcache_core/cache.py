@@ -368,6 +368,10 @@ class BlockCache:
         if not usable or not self._fits([seq.room or self._moves.appendable(seq) for seq in seqs]):
             self.commit(self.plan(seqs, [[token] for token in ids]))
             return
+        # As a step does: every row has its block before one lets go of any, which another would take.
+        for seq in seqs:
+            if not seq.room:
+                self._moves.extend(seq)
         for seq, token in zip(seqs, ids, strict=True):
             if seq.room:
                 self._moves.append_in_room(seq, token)

@@ -127,7 +127,7 @@ class Transactions:
         if offset:
             self.index.append_one(old_tip, token)
         else:
-            self._extend(seq, at)
+            self.extend(seq)
             self.index.append_one(self.tails.open_block(seq), token)
         seq.length += 1
         seq.cut_tail = False
@@ -137,7 +137,9 @@ class Transactions:
             self.move_tip(old_tip, nodes[at])
         self._make_room(seq)
 
-    def _extend(self, seq: Sequence, at: int) -> None:
+    def extend(self, seq: Sequence) -> None:
+        """Take the block of the next token, unless the sequence has it; there is one (:meth:`appendable`)."""
+        at = seq.length // self.block_size
         for number, table in enumerate(seq.tables):
             if len(table) == at:
                 evicted: list[Evicted] = []

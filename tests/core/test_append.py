@@ -6,7 +6,7 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from kvcache_core import BlockCache, CacheFull, InvalidInput, InvalidType, KVCacheError
+from kvcache_core import BlockCache, BlockLayout, CacheFull, InvalidInput, InvalidType, KVCacheError, LayerSpec
 from tests.strategies import compute, layouts, prompts, snapshot
 
 actions = st.lists(
@@ -71,6 +71,18 @@ def test_append_is_plan_and_commit(layout, num_blocks, history):
         event(f"{action[0]} {failed.__name__ if failed else 'done'}")
         assert _seen(ours, rows) == _seen(other, other_rows)
         ours.check_valid()
+
+
+def test_a_window_lets_go_only_when_every_row_has_its_block():
+    layout = BlockLayout([LayerSpec.attention(1, 2, window=1)], block_size=1)
+    ours, other = BlockCache(9, layout=layout), BlockCache(9, layout=layout)
+    rows: list = []
+    other_rows: list = []
+    kinds = [("open", 0), *[("append", 0)] * 5, ("fork", 0), ("one", 1), ("append", 1)]
+    for kind, pick in kinds:
+        action = (kind, pick, [0, 0, 0, 0])
+        assert _try(ours, rows, action, by_append=True) is _try(other, other_rows, action, by_append=False) is None
+        assert _seen(ours, rows) == _seen(other, other_rows)
 
 
 @given(st.lists(prompts(max_size=12), min_size=1, max_size=5), st.integers(1, 5))
