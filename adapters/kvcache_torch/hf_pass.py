@@ -188,7 +188,7 @@ class Pass:
         """[B, T, ...], zero where a column is padding."""
         valid = self.columns.valid[:, -self.columns.width :]
         part = self._whole_part()
-        if part is not None and part.hidden.shape[1] == self.columns.width and valid.all():
+        if part is not None and (part.plan.counts == self.columns.width).all() and valid.all():
             return part.hidden
         some = next(iter(self.found.values()))[0].hidden
         result = some.new_zeros(*valid.shape, *some.shape[2:])

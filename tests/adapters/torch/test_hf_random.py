@@ -79,3 +79,18 @@ def test_any_program_equals_recompute(
     past.reset()
     cache.core.check_valid()
     assert cache.stats().open_sequences == 0
+
+
+def test_one_row_known_and_one_new():
+    """The step is as wide as the call, for the new row's sake; the known row computes its last token alone."""
+    model = decoder("Llama")
+    cache = KVCache(size=60, block_size=4)
+    cache.attach(model)
+    ids = torch.randint(1, VOCAB, (2, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = model(ids).logits
+        with cache:
+            model(ids[:1])
+            both = model(ids).logits
+    assert cache.stats().hit_tokens == 7
+    assert (both - plain).abs().max() <= 64 * torch.finfo(torch.float32).eps * plain.abs().max()
