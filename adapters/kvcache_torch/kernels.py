@@ -146,9 +146,12 @@ def _portable(
             where = torch.arange(k.shape[2], device=q.device)
             seen = where <= at + torch.arange(scores.shape[2], device=q.device)[:, None]
             scores = scores.masked_fill(~seen, float("-inf"))
-        lse = scores.logsumexp(-1)
-        outputs.append((scores - lse.unsqueeze(-1)).exp().to(v.dtype) @ v)
-        sums.append(lse)
+        # As softmax does it: the rounding of a log-sum-exp would stand in every weight.
+        largest = scores.amax(-1, keepdim=True)
+        weights = (scores - largest).exp()
+        total = weights.sum(-1, keepdim=True)
+        outputs.append((weights / total).to(v.dtype) @ v)
+        sums.append((largest + total.log()).squeeze(-1))
     return torch.cat(outputs, 2), torch.cat(sums, 2)
 
 
