@@ -19,7 +19,7 @@ from kvcache_core.types import TokenIds
 __all__ = ["PREFILL_CHUNK", "Stepping", "check_chunk"]
 
 PREFILL_CHUNK = 1024
-"""Tokens of prompts in one step, over the whole batch. Larger ones are no faster, see docs/performance.md."""
+"""Tokens of prompts in one step, over the whole batch: it bounds the memory of a step."""
 
 
 def check_chunk(chunk: int | None) -> int | None:

@@ -20,7 +20,7 @@ from kvcache_torch.kernels import attend_with_lse, merge
 __all__ = ["Read", "attend_reads", "plan_reads"]
 
 _SHORT = 256
-"""Tokens from which on an extent keeps a view of its own; `python tests/bench/torch_gather.py` measures it."""
+"""Tokens from which on an extent keeps a view of its own. Not measured yet: `python tests/bench/torch_gather.py`."""
 
 _MANY = 4
 """So many short extents of single rows are copied together; fewer are read as views."""
