@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Protocol
 
 from kvcache_core.errors import InvalidInput, InvalidType
 
-__all__ = ["Admission", "AfterSightings", "AllAdmitted", "Sampled", "admission"]
+__all__ = ["Admission", "AfterSightings", "AllAdmitted", "ChainAdmission", "Sampled", "admission"]
 
 
 class Admission(Protocol):
@@ -103,6 +104,73 @@ class AfterSightings:
 
     def __repr__(self) -> str:
         return f"AfterSightings({self.count})"
+
+
+@dataclass(slots=True)
+class _Decision:
+    admitted: bool
+    groups: set[int]
+    continued: bool = False
+
+
+class ChainAdmission:
+    """A rule for blocks of tokens, which are worth something only together with the blocks before them.
+
+    It is asked when a block is published, that is once for each time that it was computed; the layer groups of a block
+    share the answer. With :class:`Sampled`, a block that continues another one takes over its answer: a prompt is drawn
+    once, and so is each of several continuations. Whatever the rule, a block goes down with the first one behind it
+    that does.
+
+    Args:
+        rule: asked with a block's chained key.
+        remember: how many answers are kept.
+    """
+
+    def __init__(self, rule: Admission, *, remember: int = 65536) -> None:
+        self.asks = not isinstance(rule, AllAdmitted)
+        self._rule = rule
+        self._remember = remember
+        self._decided: OrderedDict[bytes, _Decision] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def published(self, group: int, key: bytes, parent: bytes) -> bool:
+        """Whether a block of layer group ``group``, computed just now, is worth writing."""
+        if not self.asks:
+            return True
+        with self._lock:
+            known = self._decided.get(key)
+            if known is not None and group not in known.groups:
+                known.groups.add(group)
+                return known.admitted
+            before = self._decided.get(parent)
+            if isinstance(self._rule, Sampled) and before is not None and not before.continued:
+                admitted = before.admitted
+            else:
+                admitted = self._rule.admit(key)
+            if before is not None:
+                before.continued = True
+            self._put(key, _Decision(admitted, {group}))
+            return admitted
+
+    def evicted(self, key: bytes, parent: bytes) -> bool:
+        """Whether a block that is given up is worth writing."""
+        if not self.asks:
+            return True
+        with self._lock:
+            known = self._decided.get(key)
+            if known is None:
+                known = self._put(key, _Decision(self._rule.admit(key), set()))
+            before = self._decided.get(parent)
+            if known.admitted and before is not None:
+                before.admitted = True
+            return known.admitted
+
+    def _put(self, key: bytes, decision: _Decision) -> _Decision:
+        self._decided.pop(key, None)
+        self._decided[key] = decision
+        if len(self._decided) > self._remember:
+            self._decided.popitem(last=False)
+        return decision
 
 
 def admission(rule: Admission | str) -> Admission:

@@ -72,7 +72,7 @@ class Attaching(ModelBinding):
             # Another model, or another layout: what is stored does not fit it.
             self._core = self._store = self.spec = None
         self._served = weakref.ref(model)
-        self._identified = None
+        self._identified = self._named_at = None
         self.model, self.outputs, self.identity = model, outputs, identity
         self._kind, self._site_options = kind or ("tokens" if self._core is not None else None), options
         return model

@@ -76,6 +76,7 @@ class ModelBinding(Stepping):
         salt: bytes = b"",
         tiers: Sequence[str | Tier] = (),
         promote: str = "auto",
+        write_through: bool = False,
         admit: Admission | str = "all",
         verify: str = "sample",
         bypass: str = "never",
@@ -117,9 +118,13 @@ class ModelBinding(Stepping):
         self._warned: set[str] = set()
         self._prepare_lock = threading.RLock()
         self._identified: tuple[bytes, bytes] | None = None
+        self._named_at: bytes | None = None
         self._tiers: TierStack | None = None
+        if write_through and not tiers:
+            raise InvalidInput("write_through needs a tier that others can see: tiers=['disk:PATH'] or 'valkey://HOST'")
         if tiers:
-            self._tiers = TierStack([tiers] if isinstance(tiers, str) else tiers, promote=promote)
+            names = [tiers] if isinstance(tiers, str) else tiers
+            self._tiers = TierStack(names, promote=promote, admit=admit, write_through=write_through)
             self._closer = weakref.finalize(self, self._tiers.close)
 
     # ---- what an adapter supplies --------------------------------------------------------------
@@ -237,6 +242,7 @@ class ModelBinding(Stepping):
             layout = BlockLayout(layers, self._block_size, self._dtype or self.spec.dtype)
             num_blocks = self._blocks_in(layout) if self._memory is not None else self._size
             self._store = self._new_store(layout, int(num_blocks or 0))
+            self._check_layout(layout)
             namespace = self._namespace(layout)
             core = BlockCache(int(num_blocks or 0), layout=layout, namespace=namespace)
             if self._tiers is not None:
@@ -244,6 +250,9 @@ class ModelBinding(Stepping):
             myself = weakref.ref(self)
             core.saver = lambda seq, path: myself()._save(seq, path)  # type: ignore[union-attr]
             self._core = core
+
+    def _check_layout(self, layout: BlockLayout) -> None:
+        """Raise for a layout that what this cache was made from does not fit."""
 
     def _blocks_in(self, layout: BlockLayout, memory: int | None = None) -> int:
         memory = self._memory if memory is None else memory
@@ -265,26 +274,29 @@ class ModelBinding(Stepping):
 
     def _namespace(self, layout: BlockLayout) -> bytes:
         """16 bytes that stand for the weights, the layout and how often the cache was invalidated."""
-        digest = hashlib.blake2b(digest_size=16)
-        if self._tiers is None:
-            weights = (self.identity or "").encode(), self._fingerprint(self.model)
-        else:
-            # Keys leave the process: the weights go by what any process makes of them.
-            weights = self._portable_identity(), b""
-        for field in (*weights, layout.digest, self._epoch):
-            digest.update(len(field).to_bytes(8, "little") + field)
-        return digest.digest()
+        if self._tiers is not None:
+            return self._portable_namespace(layout, self._epoch)
+        fingerprint = self._fingerprint(self.model)
+        if self._named_at is None:
+            self._named_at = self._epoch + fingerprint
+        return _digest((self.identity or "").encode(), fingerprint, layout.digest, self._epoch)
+
+    def _portable_namespace(self, layout: BlockLayout, epoch: bytes = b"") -> bytes:
+        """The namespace of keys that leave the process: the weights go by what any process makes of them."""
+        return _digest(self._portable_identity(), b"", layout.digest, epoch)
 
     def _portable_identity(self) -> bytes:
         """The weights' identity for other processes; computed again only after a change was noticed."""
         mark = self._epoch + self._fingerprint(self.model)
+        if self._named_at is None:
+            self._named_at = mark
         known = self._identified
         if known is None or known[0] != mark:
             if self.identity is None:
                 weights = weights_identity(self._parameters(self.model))
             else:
                 # The name was given for the weights as they were: changed ones are nobody's but this process's.
-                changed = "" if known is None else os.urandom(16).hex()
+                changed = "" if self._named_at == mark else os.urandom(16).hex()
                 weights = named_identity(self.identity + changed)
             known = self._identified = (mark, weights)
         return known[1]
@@ -300,3 +312,10 @@ class ModelBinding(Stepping):
     def _check_attached(self) -> None:
         if self.model is None:
             raise UsageError("no model is attached: call cache.attach(model) before `with cache:`")
+
+
+def _digest(*fields: bytes) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for field in fields:
+        digest.update(len(field).to_bytes(8, "little") + field)
+    return digest.digest()

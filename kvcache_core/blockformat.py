@@ -24,6 +24,8 @@ __all__ = [
     "BlockCodec",
     "Buffer",
     "Header",
+    "check_value",
+    "checksum",
     "group_entries",
     "read_header",
     "salt_digest",
@@ -155,7 +157,7 @@ class BlockCodec:
         if len(payload) != self.payload_bytes:
             raise InvalidInput(f"a payload of {self.payload_bytes} bytes is needed, got {len(payload)}")
         head = self._fixed + _OWN.pack(key, created) + self._table
-        return b"".join((head, payload, _checksum(head, payload, self._secret)))
+        return b"".join((head, payload, checksum(head, payload, self._secret)))
 
     def decode(self, key: bytes, value: Buffer) -> memoryview:
         """The payload of a value, without a copy.
@@ -172,7 +174,7 @@ class BlockCodec:
         if view[fixed : fixed + _DIGEST] != key:
             raise BlockRefused("key", "it stands under a key that is not its own")
         head, payload = view[: self.header_bytes], view[self.header_bytes : -CHECKSUM_BYTES]
-        if not hmac.compare_digest(_checksum(head, payload, self._secret), bytes(view[-CHECKSUM_BYTES:])):
+        if not hmac.compare_digest(checksum(head, payload, self._secret), bytes(view[-CHECKSUM_BYTES:])):
             raise BlockRefused("checksum", "damaged, or signed with another secret")
         return payload
 
@@ -238,13 +240,14 @@ def check_value(value: Buffer, secret: bytes = b"") -> Header:
     if header.signed and not secret:
         raise BlockRefused("checksum", "it is signed: set KVCACHE_SECRET to verify it")
     head, payload = view[: header.header_bytes], view[header.header_bytes : -CHECKSUM_BYTES]
-    expected = _checksum(head, payload, secret if header.signed else b"")
+    expected = checksum(head, payload, secret if header.signed else b"")
     if not hmac.compare_digest(expected, bytes(view[-CHECKSUM_BYTES:])):
         raise BlockRefused("checksum", "damaged, or signed with another secret")
     return header
 
 
-def _checksum(head: Buffer, payload: Buffer, secret: bytes) -> bytes:
+def checksum(head: Buffer, payload: Buffer, secret: bytes) -> bytes:
+    """32 bytes over both: HMAC-SHA-256 with a secret, else CRC-32 and zeros."""
     if secret:
         mac = hmac.new(secret, head, hashlib.sha256)
         mac.update(payload)

@@ -127,6 +127,17 @@ class BlockCache:
     def on_evict(self, hook: Callable[[list[Evicted]], None] | None) -> None:
         self._blocks.on_evict = hook
 
+    @property
+    def on_publish(self) -> Callable[[list[Evicted]], None] | None:
+        """Called with full blocks that can be found from now on, under the lock, at the commit that wrote them. It must
+        not raise and must not call the cache; a block may be evicted again when it looks (:meth:`keys_in`).
+        """
+        return self._blocks.on_publish
+
+    @on_publish.setter
+    def on_publish(self, hook: Callable[[list[Evicted]], None] | None) -> None:
+        self._blocks.on_publish = hook
+
     def findable_blocks(self) -> list[Evicted]:
         """Every full block that can be found now, as :attr:`on_evict` would describe it."""
         with self._lock:
@@ -135,6 +146,27 @@ class BlockCache:
                 blocks = [block for block in range(1, group.pool.num_blocks + 1) if group.pool.is_findable(block)]
                 found += self._blocks.describe(number, blocks)
             return [one for one in found if one.key is not None]
+
+    def keys_in(self, found: _Sequence[Evicted], namespace: bytes | None = None) -> list[bytes | None]:
+        """The keys that blocks would have in ``namespace``, or their own; None for one that no longer is what
+        ``found`` says.
+
+        While the caller holds :attr:`lock` the others stay as they are.
+        """
+        with self._lock:
+            if namespace is None:
+                return [one.key if self._still_holds(one) else None for one in found]
+            here = [at for at, one in enumerate(found) if self._still_holds(one)]
+            nodes = [self._index.node(found[at].group, found[at].block) for at in here]
+            keys: list[bytes | None] = [None] * len(found)
+            for at, key in zip(here, self._index.keys_in(nodes, namespace), strict=True):
+                keys[at] = key
+            return keys
+
+    def salts(self) -> list[bytes]:
+        """The salts under which something is kept in the current namespace."""
+        with self._lock:
+            return self._index.salts(self.namespace)
 
     def prompt_blocks(self, seq: Sequence) -> list[list[int]]:
         """Per layer group: the block of each full block of the prompt's tokens that the index knows, 0 for a gap.
@@ -146,13 +178,6 @@ class BlockCache:
             prompt = np.frombuffer(seq.prompt, np.int32)
             nodes = self._index.walk(seq.root, prompt, len(prompt) // self.block_size, seq.extra_keys)
             return [self._index.blocks(number, nodes).tolist() for number in range(len(seq.tables))]
-
-    def still_holds(self, found: Evicted) -> bool:
-        """Whether a block can still be found and holds what ``found`` says."""
-        with self._lock:
-            node = self._index.node(found.group, found.block)
-            findable = self.groups[found.group].pool.is_findable(found.block)
-            return findable and self._index.key(node) == found.key
 
     def count_as_cached(self, seq: Sequence) -> None:
         """What ``seq`` holds was found elsewhere (in a lower tier), not computed: count it as cached."""
@@ -545,6 +570,13 @@ class BlockCache:
                 if not any(seq.in_step for seq in self._open.values()):
                     for block in range(1, group.pool.num_blocks + 1):
                         assert group.pool.refs(block) == held[block]
+
+    def _still_holds(self, found: Evicted) -> bool:
+        """Whether a block can still be found and holds what ``found`` says."""
+        pool = self.groups[found.group].pool
+        if found.block > pool.num_blocks or not pool.is_findable(found.block):
+            return False
+        return self._index.key(self._index.node(found.group, found.block)) == found.key
 
     def _finish(self, plan: StepPlan, verb: str) -> _Sequence[Reservation]:
         if plan.finished:

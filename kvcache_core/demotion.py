@@ -8,9 +8,9 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from kvcache_core.blockformat import BlockCodec, Buffer
 from kvcache_core.tiers import Item, Tier
 
 __all__ = ["DemotionQueue", "Pending"]
@@ -21,20 +21,33 @@ _BATCH_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A payload on its way down."""
+    """A result on its way down.
 
-    codec: BlockCodec
-    key: bytes
-    payload: Buffer
+    Attributes:
+        payload: what reading its value would give; None while it is only noted and still lies in the pool.
+        nbytes: its bytes.
+        encode: gives the value to write, for the time in seconds since 1970; None if it is gone meanwhile.
+        through: goes to every tier that outlives the process, instead of to the first tier.
+    """
+
+    payload: Any
+    nbytes: int
+    encode: Callable[[int], bytes | None]
+    through: bool = False
+
+    @property
+    def held(self) -> int:
+        """Bytes that it keeps in memory."""
+        return 0 if self.payload is None else self.nbytes
 
 
 class DemotionQueue:
-    """Payloads that wait to be encoded and written, findable until they are.
+    """Results that wait to be encoded and written, findable until they are.
 
     Args:
         tiers: from the top; what one drops for room goes to the next.
         limit: payload bytes that may wait; what does not fit is refused.
-        skip: called as (tier number, key): whether that tier has the value already.
+        skip: called as (tier number, key): whether writing the value there would add nothing.
         wrote: called as (tier number, items, exception or None) after each write, in the writer thread.
     """
 
@@ -61,21 +74,25 @@ class DemotionQueue:
         return not self._closed and self._nbytes + nbytes <= self._limit
 
     def put(self, tier_key: bytes, pending: Pending) -> bool:
-        """Queue one payload; False if there is no room."""
+        """Queue one result; False if there is no room."""
         with self._changed:
-            if not self.room_for(len(pending.payload)):
+            if not self.room_for(pending.held):
                 return False
             old = self._waiting.pop(tier_key, None)
-            self._nbytes += len(pending.payload) - (0 if old is None else len(old.payload))
+            if old is not None:
+                self._nbytes -= old.held
+                pending = replace(pending, through=pending.through or old.through)
+            self._nbytes += pending.held
             self._waiting[tier_key] = pending
             self._start()
             self._changed.notify_all()
         return True
 
-    def get(self, tier_key: bytes) -> Pending | None:
-        """A payload that is not written yet."""
+    def get(self, tier_key: bytes) -> Any:
+        """The payload of a result that is not written yet, or None."""
         with self._changed:
-            return self._waiting.get(tier_key) or self._writing.get(tier_key)
+            pending = self._waiting.get(tier_key) or self._writing.get(tier_key)
+            return None if pending is None else pending.payload
 
     def flush(self, deadline: float | None) -> bool:
         """Wait until everything queued is written, or until ``deadline`` (``time.monotonic()``); whether it is."""
@@ -112,30 +129,49 @@ class DemotionQueue:
             while self._waiting and size < _BATCH_BYTES:
                 key, pending = self._waiting.popitem(last=False)
                 self._writing[key] = pending
-                size += len(pending.payload)
+                size += pending.nbytes
         now = int(time.time())
         try:
-            self.write([(key, one.codec.encode(one.key, one.payload, now)) for key, one in self._writing.items()])
+            first: list[Item] = []
+            through: list[Item] = []
+            for key, pending in self._writing.items():
+                value = pending.encode(now)
+                if value is not None:
+                    (through if pending.through else first).append((key, value))
+            self.write(first)
+            self.write_through(through)
         finally:
             with self._changed:
-                self._nbytes -= sum(len(pending.payload) for pending in self._writing.values())
+                self._nbytes -= sum(pending.held for pending in self._writing.values())
                 self._writing.clear()
                 self._changed.notify_all()
 
     def write(self, items: Sequence[Item], first: int = 0) -> None:
         """Write values into the first tier from number ``first`` on that takes them, and what it drops below it."""
         for number in range(first, len(self._tiers)):
-            items = [item for item in items if not self._skip(number, item[0])]
             if not items:
                 return
-            try:
-                dropped = self._tiers[number].put_many(items)
-            except Exception as error:
-                # This tier is out of order: the next one down takes them.
-                self._wrote(number, items, error)
-                continue
-            self._wrote(number, items, None)
-            items = dropped
+            items = self._put(number, items)
+
+    def write_through(self, items: Sequence[Item]) -> None:
+        """Write values into every tier that outlives the process; what one drops for them goes to the next."""
+        for number, tier in enumerate(self._tiers):
+            if tier.persistent and items:
+                mine = {key for key, _ in items}
+                self.write([item for item in self._put(number, items) if item[0] not in mine], number + 1)
+
+    def _put(self, number: int, items: Sequence[Item]) -> Sequence[Item]:
+        """Write values into one tier; returns what is left for the next: those it dropped, or all if it failed."""
+        items = [item for item in items if not self._skip(number, item[0])]
+        if not items:
+            return items
+        try:
+            dropped = self._tiers[number].put_many(items)
+        except Exception as error:
+            self._wrote(number, items, error)
+            return items
+        self._wrote(number, items, None)
+        return dropped
 
     @property
     def idle(self) -> bool:

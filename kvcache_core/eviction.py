@@ -20,6 +20,7 @@ class Blocks:
         self.block_size = index.block_size
         self.evicted_blocks = 0
         self.on_evict: Callable[[list[Evicted]], None] | None = None
+        self.on_publish: Callable[[list[Evicted]], None] | None = None
 
     def take(self, number: int, count: int, after: int, evicted: list[Evicted]) -> list[int]:
         """Blocks of group ``number`` for one sequence; what had to be evicted for them is noted in ``evicted``."""
@@ -41,10 +42,14 @@ class Blocks:
         found = []
         for block in blocks:
             node = self.index.node(number, block)
-            found.append(
-                Evicted(number, BlockId(block), self.index.key(node), self.index.fill(node), self._root(node, roots))
-            )
+            key, parent = self.index.key(node), self.index.key(self.index.parent(node)) or b""
+            found.append(Evicted(number, BlockId(block), key, self.index.fill(node), self._root(node, roots), parent))
         return found
+
+    def published(self, number: int, blocks: Sequence[int]) -> None:
+        """Tell :attr:`on_publish` that full blocks of group ``number``, head first, can be found from now on."""
+        if self.on_publish is not None:
+            self.on_publish(self.describe(number, blocks))
 
     def announce(self, evicted: list[Evicted]) -> None:
         """Tell :attr:`on_evict`, before anything can overwrite the blocks' bytes."""

@@ -5,7 +5,6 @@ An adapter subclasses :class:`FrontendCache` and supplies the tensors; nothing h
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,17 +16,15 @@ import numpy as np
 
 from kvcache_core.activation import ActivationSite, Bypassed
 from kvcache_core.analysis import Advice
-from kvcache_core.attaching import Attaching
-from kvcache_core.blockformat import secret_from_environment
-from kvcache_core.errors import CacheFull, InvalidInput, KVCacheWarning, StaleSequence
+from kvcache_core.errors import CacheFull, InvalidInput, KVCacheWarning
 from kvcache_core.plan import StepPlan
-from kvcache_core.saving import load_sequence, save_sequence
 from kvcache_core.sequence import Sequence as CachedSequence
 from kvcache_core.sizes import parse_memory
 from kvcache_core.stats import CacheStats
 from kvcache_core.stepping import PREFILL_CHUNK
-from kvcache_core.tiering import TierStats
+from kvcache_core.tiercosts import TierStats
 from kvcache_core.types import TokenIds
+from kvcache_core.warmstart import WarmStart
 
 __all__ = ["Call", "FrontendCache", "parse_memory"]
 
@@ -41,7 +38,7 @@ class Call:
     lengths: list[int]
 
 
-class FrontendCache(Attaching):
+class FrontendCache(WarmStart):
     """The base of both adapters' ``KVCache``.
 
     Args:
@@ -53,8 +50,10 @@ class FrontendCache(Attaching):
         tiers: where evicted blocks go and come back from, nearest first: ``"ram:4GiB"``,
             ``"disk:PATH?max=20GiB"``, ``"valkey://HOST:PORT/DB?ttl=SECONDS"`` or tier objects.
         promote: ``"auto"``: tiers are used while loading costs less than recomputing; or ``"always"``.
-        admit: which activations are kept: ``"all"``, :class:`~kvcache_core.admission.Sampled` or
-            :class:`~kvcache_core.admission.AfterSightings`.
+        write_through: write a block to the tiers that outlive the process as soon as it is full, not only when it is
+            evicted: other replicas then find it at once.
+        admit: which activations are kept, and which blocks go down to the tiers: ``"all"``,
+            :class:`~kvcache_core.admission.Sampled` or :class:`~kvcache_core.admission.AfterSightings`.
         verify: how changed weights are noticed: ``"sample"`` of their content, ``"full"`` (every byte), or
             ``"never"``: only :meth:`invalidate` counts.
         bypass: ``"auto"``: a module whose activations cost more to look up and copy than computing them would take
@@ -278,29 +277,6 @@ class FrontendCache(Attaching):
         self._closer.detach()
         tiers, self._tiers = self._tiers, None
         return tiers.close(timeout)
-
-    def load(self, path: str | os.PathLike[str]) -> CachedSequence:
-        """The sequence that ``sequence.save(path)`` wrote, in this framework or the other one.
-
-        Raises:
-            BlockRefused: the file is damaged, or of other weights, another layout or another salt.
-            CacheFull: no room; nothing was changed.
-        """
-        self.refresh()
-        return load_sequence(
-            self.core,
-            self.store,
-            path,
-            weights=self._portable_identity(),
-            salt=self.salt,
-            secret=secret_from_environment(),
-        )
-
-    def _save(self, seq: CachedSequence, path: str | os.PathLike[str]) -> None:
-        if seq.namespace != self.core.namespace:
-            raise StaleSequence(f"cannot save {seq!r}: the weights changed since it was opened")
-        weights = self._portable_identity()
-        save_sequence(self.core, self.store, seq, path, weights=weights, secret=secret_from_environment())
 
     def tier_stats(self) -> list[TierStats]:
         """What each tier has done for this cache, nearest first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -27,17 +27,33 @@ class PrefixIndex(BlockTree):
 
     def key(self, node: int) -> bytes | None:
         """The chained key of a root or full node; None for a tail. Made when asked for, and then remembered."""
+        return self._chained(node, self._known_keys)
+
+    def keys_in(self, nodes: Sequence[int], namespace: bytes) -> list[bytes | None]:
+        """The keys that nodes would have in another namespace."""
+        known: dict[int, bytes] = {}
+        return [self._chained(node, known, namespace) for node in nodes]
+
+    def salts(self, namespace: bytes) -> list[bytes]:
+        """The salts under which something lies in a namespace."""
+        return [salt for own, salt in self._roots if own == namespace]
+
+    def _chained(self, node: int, known: dict[int, bytes], namespace: bytes | None = None) -> bytes | None:
+        """A node's key, from its nearest ancestor whose key is in ``known``; what is made on the way goes there too."""
         chain = []
         at = node
-        while at not in self._known_keys and at not in self._root_of:
+        while at not in known and at not in self._root_of:
             if self._fill[at] < self.block_size or at in self._open:
                 return None
             chain.append(at)
             at = self._parent[at]
-        key = self._known_keys.get(at) or root_key(self.block_size, *self._root_of[at])
+        key = known.get(at)
+        if key is None:
+            own, salt = self._root_of[at]
+            key = root_key(self.block_size, own if namespace is None else namespace, salt)
         for at in reversed(chain):
             key = block_key(key, self.token_bytes(at), extras_bytes(self.extras(at)))
-            self._known_keys[at] = key
+            known[at] = key
         return key
 
     def walk(self, root: int, tokens: TokenArray, limit: int, extra_keys: Extras = NO_EXTRAS) -> list[int]:

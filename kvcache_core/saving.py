@@ -16,7 +16,7 @@ from kvcache_core.sequence import Sequence
 from kvcache_core.statefile import SavedState, read_state, write_state
 from kvcache_core.store import KVStore, packed_view
 
-__all__ = ["load_sequence", "save_sequence"]
+__all__ = ["layout_of", "load_sequence", "save_sequence"]
 
 
 def save_sequence(
@@ -28,7 +28,7 @@ def save_sequence(
         InvalidInput: the sequence holds no tokens.
         OSError: the file cannot be written.
     """
-    layout, size = _layout(core), core.block_size
+    layout, size = layout_of(core), core.block_size
     if not seq.length:
         raise InvalidInput(f"cannot save {seq!r}: it holds no tokens yet")
     with core.lock:
@@ -64,7 +64,7 @@ def load_sequence(
         CacheFull: no room; nothing was changed.
         OSError: the file cannot be read.
     """
-    layout, size = _layout(core), core.block_size
+    layout, size = layout_of(core), core.block_size
     state = read_state(path, secret)
     _check_own(state, layout, weights, salt, path)
     length = len(state.tokens)
@@ -129,9 +129,14 @@ def _check_own(state: SavedState, layout: BlockLayout, weights: bytes, salt: byt
         raise BlockRefused("foreign", f"{path} does not hold the tensors of this layout")
 
 
-def _layout(core: BlockCache) -> BlockLayout:
+def layout_of(core: BlockCache) -> BlockLayout:
+    """The layout of a cache that has tensors behind it.
+
+    Raises:
+        UsageError: it has none.
+    """
     if core.layout is None:
-        raise UsageError("this cache has no layout: save and load sequences of an adapter's KVCache")
+        raise UsageError("this cache has no layout: save and load with an adapter's KVCache")
     return core.layout
 
 

@@ -117,8 +117,9 @@ class Tails:
                 self.groups[number].pool.unmark_findable(table[at])
             self.use_twin(seq, at, known)
             return
-        for group, table in zip(self.groups, seq.tables, strict=False):
+        for number, (group, table) in enumerate(zip(self.groups, seq.tables, strict=False)):
             group.pool.mark_findable(table[at])
+            self.blocks.published(number, [table[at]])
 
     def use_twin(self, seq: Sequence, at: int, known: int) -> None:
         """Give back the blocks at ``at``, which no node has, for those of the full node ``known``."""
@@ -132,6 +133,7 @@ class Tails:
                 # The twin lost its block in this group (a window let it go): ours fills the hole.
                 self.index.attach(known, number, mine)
                 group.pool.mark_findable(mine)
+                self.blocks.published(number, [mine])
 
     def settle(self, node: int, blocks: _Sequence[int]) -> None:
         """Before the last holder lets go of an open tail: keep it findable, unless that adds nothing."""

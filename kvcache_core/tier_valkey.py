@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 import threading
 import time
 from collections import OrderedDict
@@ -15,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 from kvcache_core.blockformat import Buffer
 from kvcache_core.errors import InvalidInput, TierError
 from kvcache_core.sizes import parse_memory
+from kvcache_core.splitting import MANIFEST_BYTES, in_parts, is_split, part_name, read_manifest
 from kvcache_core.tiers import Item, StoredItem, Tier, url_options
 
 try:
@@ -29,9 +29,6 @@ __all__ = ["ValkeyTier", "open_valkey_tier"]
 
 _T = TypeVar("_T")
 _PREFIX = b"kvcache:"
-_PART_PREFIX = b"kvcache-part:"
-_SPLIT = b"KVSPLIT1"
-_MANIFEST = struct.Struct("<8sIQ")  # magic, parts, bytes of the whole value
 _RECENT = 65_536
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _OPTIONS = ("ttl", "timeout", "split", "cluster", "ca", "verify")
@@ -144,7 +141,7 @@ class ValkeyTier(Tier):
     def get_many(self, keys: Sequence[bytes]) -> list[Buffer | None]:
         """The value of each key, or None: one MGET, and one more if values lie there in parts."""
         found = self._call(self._mget, [_PREFIX + key for key in keys])
-        split = {at: _manifest(value) for at, value in enumerate(found) if value is not None and _is_split(value)}
+        split = {at: read_manifest(value) for at, value in enumerate(found) if value is not None and is_split(value)}
         if split:
             self._join(keys, found, split)
         self._remember({key: value is not None for key, value in zip(keys, found, strict=True)})
@@ -156,7 +153,7 @@ class ValkeyTier(Tier):
         Raises:
             TierError: the server refused some of them, for example because it is out of memory.
         """
-        commands = [command for key, value in items for command in self._commands(_PREFIX + key, value)]
+        commands = [command for key, value in items for command in in_parts(_PREFIX + key, value, self._split)]
         replies = self._call(self._set, commands)
         refused = [reply for reply in replies if isinstance(reply, Exception)]
         if refused:
@@ -182,13 +179,13 @@ class ValkeyTier(Tier):
             pipe = self._pipeline()
             for name in batch:
                 pipe.strlen(name)
-                pipe.getrange(name, 0, max(head_bytes, _MANIFEST.size) - 1)
+                pipe.getrange(name, 0, max(head_bytes, MANIFEST_BYTES) - 1)
             replies = self._call(pipe.execute)
             for name, size, head in zip(batch, replies[::2], replies[1::2], strict=True):
                 key = name[len(_PREFIX) :]
-                if _is_split(head):
-                    first = self._call(self._client.getrange, _part_name(name, 0), 0, max(0, head_bytes - 1))
-                    yield StoredItem(key, _manifest(head)[1], first[:head_bytes])
+                if is_split(head):
+                    first = self._call(self._client.getrange, part_name(name, 0), 0, max(0, head_bytes - 1))
+                    yield StoredItem(key, read_manifest(head)[1], first[:head_bytes])
                 else:
                     yield StoredItem(key, size, head[:head_bytes])
 
@@ -239,20 +236,9 @@ class ValkeyTier(Tier):
 
     # ---- values in parts -----------------------------------------------------------------------
 
-    def _commands(self, name: bytes, value: Buffer) -> Iterator[tuple[bytes, Buffer]]:
-        """The keys and values to set: the parts first, what announces them last."""
-        if len(value) <= self._split and not _is_split(value):
-            yield name, value
-            return
-        view = memoryview(value)
-        count = -(-len(view) // self._split)
-        for number in range(count):
-            yield _part_name(name, number), view[number * self._split : (number + 1) * self._split]
-        yield name, _MANIFEST.pack(_SPLIT, count, len(view))
-
     def _join(self, keys: Sequence[bytes], found: list[Buffer | None], split: dict[int, tuple[int, int]]) -> None:
         """Replace manifests by the values they announce, or by None where a part is missing."""
-        names = [_part_name(_PREFIX + keys[at], number) for at, (count, _) in split.items() for number in range(count)]
+        names = [part_name(_PREFIX + keys[at], number) for at, (count, _) in split.items() for number in range(count)]
         parts = iter(self._call(self._mget, names))
         for at, (count, size) in split.items():
             mine = list(islice(parts, count))
@@ -269,22 +255,6 @@ class ValkeyTier(Tier):
                     self._recent[key] = until
             while len(self._recent) > _RECENT:
                 self._recent.popitem(last=False)
-
-
-def _is_split(value: Buffer) -> bool:
-    return bytes(value[: len(_SPLIT)]) == _SPLIT
-
-
-def _manifest(value: Buffer) -> tuple[int, int]:
-    """(parts, bytes) that a manifest announces; nothing if it is damaged."""
-    if len(value) < _MANIFEST.size:
-        return 0, -1
-    _, count, size = _MANIFEST.unpack_from(value)
-    return (count, size) if count <= 1 << 16 else (0, -1)
-
-
-def _part_name(name: bytes, number: int) -> bytes:
-    return _PART_PREFIX + name + b"#" + str(number).encode()
 
 
 def _shown(url: str) -> str:

@@ -52,6 +52,9 @@ class Tier(ABC):
     persistent = False
     """Whether values outlive the process."""
 
+    read_only = False
+    """Whether nothing is ever written to it."""
+
     keep_displaced = False
     """Set by the cache when there is a tier below: then :meth:`put_many` should return what it drops for room."""
 
@@ -183,6 +186,7 @@ class RamTier(Tier):
 
 
 _OPTIONAL = {
+    "file": ("kvcache_core.tier_file", "open_file_tier"),
     "disk": ("kvcache_core.tier_disk", "open_disk_tier"),
     "valkey": ("kvcache_core.tier_valkey", "open_valkey_tier"),
     "valkeys": ("kvcache_core.tier_valkey", "open_valkey_tier"),
@@ -211,7 +215,7 @@ def open_tier(tier: str | Tier) -> Tier:
         except InvalidInput as error:
             raise InvalidInput(f"tier {tier!r}: {error}") from None
     if not colon or scheme not in _OPTIONAL:
-        known = "ram:SIZE, disk:PATH?max=SIZE, valkey://HOST:PORT/DB (or redis://, valkeys://, rediss://)"
+        known = "ram:SIZE, disk:PATH?max=SIZE, valkey://HOST:PORT/DB (or redis://, valkeys://, rediss://), file:PATH"
         raise InvalidInput(f"tier {tier!r} has an unknown scheme; there are {known}")
     module, function = _OPTIONAL[scheme]
     opened = getattr(import_module(module), function)(tier)

@@ -96,6 +96,8 @@ class Transactions:
             for group, held in zip(self.groups, blocks, strict=False):
                 group.pool.mark_all_findable(held)
             seq.nodes += nodes
+            for number, held in enumerate(blocks):
+                self.blocks.published(number, held.tolist())
         seq.length += tokens.size
 
     # ---- one token -----------------------------------------------------------------------------

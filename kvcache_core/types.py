@@ -46,7 +46,7 @@ def view(array: NDArray[Any]) -> memoryview:
 
 @dataclass(frozen=True, slots=True)
 class Evicted:
-    """A findable block whose content is given up.
+    """A findable block: one whose content is given up, or that was just published.
 
     Attributes:
         group: its layer group.
@@ -54,6 +54,7 @@ class Evicted:
         key: the chained key of everything up to its last token; None for a tail, which has none.
         fill: tokens it holds.
         root: key of the root of its chain: it stands for the namespace and the salt.
+        parent: the chained key of the block before it, or ``root``.
     """
 
     group: int
@@ -61,3 +62,4 @@ class Evicted:
     key: bytes | None
     fill: int
     root: bytes
+    parent: bytes

@@ -28,27 +28,40 @@ class OpensThroughTiers:
 
 
 class TieredTorch(torch_models.TorchBackend):
-    def __init__(self, config: DecoderConfig, weights: Weights, num_blocks: int, tiers: Any) -> None:
-        super().__init__(config, weights, num_blocks)
+    def serve_with(self, cache: Any) -> None:
+        """Put another cache in the place of the backend's own."""
         self.cache.detach()
-        self.cache = kvcache_torch.KVCache(num_blocks, block_size=config.block_size, tiers=tiers, promote="always")
+        self.cache = cache
         self.cache.attach(self.model, outputs="last")
         self.core = OpensThroughTiers(self.cache)
 
 
 class TieredKeras(keras_models.KerasBackend):
-    def __init__(self, config: DecoderConfig, weights: Weights, num_blocks: int, tiers: Any) -> None:
-        super().__init__(config, weights, num_blocks)
+    def serve_with(self, cache: Any) -> None:
+        """Put another cache in the place of the backend's own."""
         self.cache.detach()
-        self.cache = kvcache_keras.KVCache(num_blocks, block_size=config.block_size, tiers=tiers, promote="always")
+        self.cache = cache
         self.cache.attach(self.model, outputs="last")
         self.core = OpensThroughTiers(self.cache)
+
+    def fill_with_nan(self) -> None:
         keras_models.fill_with_nan(self.cache.store)
 
 
 BACKENDS = {"torch": TieredTorch, "keras": TieredKeras}
+CACHES = {"torch": kvcache_torch.KVCache, "keras": kvcache_keras.KVCache}
 
 
-def tiered(framework: str, config: DecoderConfig, weights: Weights, num_blocks: int, tiers: Any) -> Any:
+def plain(framework: str, config: DecoderConfig, weights: Weights, num_blocks: int) -> Any:
+    """A backend of ``framework`` without tiers."""
+    return BACKENDS[framework](config, weights, num_blocks)
+
+
+def tiered(framework: str, config: DecoderConfig, weights: Weights, num_blocks: int, tiers: Any, **options: Any) -> Any:
     """A backend of ``framework`` whose evicted blocks go to ``tiers``."""
-    return BACKENDS[framework](config, weights, num_blocks, tiers)
+    backend = plain(framework, config, weights, num_blocks)
+    options = {"promote": "always", **options}
+    backend.serve_with(CACHES[framework](num_blocks, block_size=config.block_size, tiers=tiers, **options))
+    if framework == "keras":
+        backend.fill_with_nan()
+    return backend

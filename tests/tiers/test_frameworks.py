@@ -62,6 +62,25 @@ def test_a_block_of_one_serves_the_other(writer, reader, config, seed):
     other.cache.close()
 
 
+@pytest.mark.parametrize(("writer", "reader"), [("torch", "keras"), ("keras", "torch")])
+@given(config=decoder_configs(max_layers=2), seed=st.integers(0, 9))
+@settings(max_examples=3, phases=[Phase.generate])
+def test_what_one_has_published_serves_the_other_at_once(tmp_path_factory, writer, reader, config, seed):
+    url, weights = f"disk:{tmp_path_factory.mktemp('tier')}?max=64MiB&sync=off", make_weights(config)
+    one = tiered(writer, config, weights, 40, [url], write_through=True)
+    other = tiered(reader, config, weights, 40, [url])
+    prompt = prompts(config)[seed % 3]
+    held = one.cache.open(prompt)
+    for token in prompt[:-1]:
+        one.cache.step([held], [[token]])
+    assert one.cache.flush(10)
+    assert one.cache.stats().evicted_blocks == 0
+    check(other, prompt, 4 * config.block_size)
+    held.close()
+    assert one.cache.close()
+    assert other.cache.close()
+
+
 @pytest.mark.parametrize("framework", ["torch", "keras"])
 def test_a_changed_element_is_another_model(framework):
     tier = RamTier(1 << 24)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvcache_core import CacheFull
-from kvcache_core.tiering import block_tier_key
+from kvcache_core.opentiers import tier_key
 from tests.tiers.test_tiering import SIZE, Cache, prompt
 
 
@@ -44,7 +44,7 @@ def load(tmp_path: Any, url: str, threads: int, requests: int) -> None:
     # Acknowledged by flush: everything in the pool and in RAM is on disk.
     assert cache.stack.flush(60, everything=True)
     for one in cache.core.findable_blocks():
-        assert disk.contains(block_tier_key(one.group, one.key or b""))
+        assert disk.contains(tier_key("block", one.group, one.key or b""))
     assert all(disk.contains(item.key) for item in ram.items())
     assert cache.stack.close()
     after = threading.active_count(), len(os.listdir("/proc/self/fd"))

@@ -5,14 +5,17 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 
 from kvcache_core import BlockCache, BlockLayout, InvalidInput, InvalidType, KVCacheWarning, LayerSpec
+from kvcache_core.admission import AfterSightings, ChainAdmission, Sampled
+from kvcache_core.opentiers import tier_key
 from kvcache_core.store import NumpyStore
-from kvcache_core.tiering import TierStack, block_tier_key
+from kvcache_core.tiering import TierStack
 from kvcache_core.tiers import Item, RamTier, Tier, open_tier
 
 SIZE = 4
@@ -176,7 +179,7 @@ def test_a_key_made_by_an_adversary_returns_nothing():
     stolen = [tier.get_many([item.key])[0] for item in tier.items()]
     victim = Cache(6, [tier])
     seq = victim.core.open(prompt(1), b"victim")
-    tier.put_many([(block_tier_key(group, key), stolen[0]) for key in seq.prompt_keys for group in range(2)])
+    tier.put_many([(tier_key("block", group, key), stolen[0]) for key in seq.prompt_keys for group in range(2)])
     victim.core.close(seq)
     with pytest.warns(KVCacheWarning, match="does not verify"):
         assert victim.run(prompt(1), b"victim") == 0
@@ -222,6 +225,135 @@ def test_damaged_and_foreign_values_are_misses(damage):
     cache.stack.flush(5)
     assert cache.run(prompt(1)) == 20, "written anew, over the damaged ones"
     cache.stack.close()
+
+
+# ---- written through --------------------------------------------------------------------------------------------
+
+
+def test_published_blocks_are_seen_before_they_are_evicted(tmp_path):
+    url = f"disk:{tmp_path}?max=8MiB&sync=off"
+    writer = Cache(40, ["ram:1MiB", url], write_through=True)
+    reader = Cache(40, [url])
+    held = writer.open(prompt(1))
+    writer.core.commit(writer.core.plan([held], [prompt(1)[:20]]))
+    assert writer.stack.flush(5)
+    assert writer.core.stats().evicted_blocks == 0
+    assert (
+        len(list(writer.stack.tiers[1].items())) == 10
+    )  # written by an open sequence, five blocks in each layer group
+    writer.core.close(held)
+    writer.core.clear()
+    assert writer.run(prompt(2)) == 0
+    assert writer.stack.flush(5)
+    assert reader.run(prompt(2)) == 20
+    assert writer.stack.tiers[0].nbytes() == 0, "the pool has them already"
+    for cache in (writer, reader):
+        assert cache.stack.close(5)
+
+
+def test_decoded_tokens_are_written_through_block_by_block(tmp_path):
+    cache = Cache(40, [f"disk:{tmp_path}?max=8MiB&sync=off"], write_through=True)
+    tokens = prompt(3, 13)
+    seq = cache.core.open(tokens)
+    cache.stack.serve(LAYOUT, cache.core.namespace, WEIGHTS, b"")
+    counts = []
+    for token in tokens:
+        cache.core.commit(cache.core.plan([seq], [[token]]))
+        cache.stack.flush(5)
+        counts.append(len(list(cache.stack.tiers[0].items())) // 2)
+    assert counts == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
+    assert cache.stack.demoted_blocks == 6
+    cache.core.close(seq)
+    cache.stack.close(5)
+
+
+def test_blocks_evicted_before_the_writer_came_to_them_are_written_all_the_same(tmp_path):
+    held = threading.Event()
+    cache = Cache(6, [f"disk:{tmp_path}?max=8MiB&sync=off"], write_through=True)
+    disk = cache.stack.tiers[0]
+    put = disk.put_many
+
+    def slow(items):
+        held.wait(10)
+        return put(items)
+
+    disk.put_many = slow
+    for seed in range(4):
+        cache.run(prompt(seed))
+    held.set()
+    assert cache.stack.flush(10)
+    assert cache.stack.dropped_blocks == 0
+    assert [cache.run(prompt(seed)) for seed in range(4)] == [20] * 4
+    cache.stack.close(5)
+
+
+def test_written_through_to_every_tier_that_others_see(tmp_path):
+    urls = [f"disk:{tmp_path / name}?max=8MiB&sync=off" for name in ("one", "two")]
+    cache = Cache(40, [urls[0], "ram:1MiB", urls[1]], write_through=True)
+    cache.run(prompt(1))
+    assert cache.stack.flush(5)
+    for url in urls:
+        other = Cache(40, [url])
+        assert other.run(prompt(1)) == 20
+        other.stack.close(5)
+    cache.stack.close(5)
+
+
+def test_write_through_needs_someone_to_see_it():
+    with pytest.raises(InvalidInput, match="write_through needs a tier that others can see"):
+        TierStack(["ram:1MiB"], write_through=True)
+
+
+# ---- what is worth writing --------------------------------------------------------------------------------------
+
+
+def test_what_was_computed_once_is_not_written():
+    cache = Cache(6, [RamTier(1 << 20)], admit=AfterSightings(2))
+    for seed in (1, 2, 1, 3, 1):
+        cached = cache.run(prompt(seed))
+        cache.stack.flush(5)
+    assert cached == 20, "evicted twice: written at the second time"
+    assert cache.run(prompt(2)) == 0
+    assert cache.stack.refused_blocks >= 20
+    cache.stack.close()
+
+
+def test_a_sampled_chain_is_written_whole_or_not_at_all():
+    tier = RamTier(1 << 20)
+    cache = Cache(6, [tier], admit=Sampled(0.5, seed=3))
+    for seed in range(40):
+        cache.run(prompt(seed))
+    cache.run(prompt(99))
+    cache.stack.flush(5)
+    keys = {item.key for item in tier.items()}
+    whole = 0
+    for seed in range(40):
+        seq = cache.core.open(prompt(seed))
+        there = {tier_key("block", group, key) in keys for key in seq.prompt_keys[:5] for group in range(2)}
+        cache.core.close(seq)
+        assert len(there) == 1
+        whole += there == {True}
+    assert 8 < whole < 32
+    cache.stack.close()
+
+
+def test_admission_of_chains():
+    """A head goes down with the first chain behind it that does; each continuation of it is drawn anew."""
+    rule = ChainAdmission(AfterSightings(2))
+    for group in (0, 1):
+        assert not rule.published(group, b"head", b"root")
+    for turn in (1, 2, 3):
+        assert rule.published(0, b"tail", b"head") is (turn == 2)
+        assert rule.published(1, b"tail", b"head") is (turn == 2), "the layer groups share one sighting"
+        assert rule.evicted(b"tail", b"head") is (turn == 2)
+    assert rule.evicted(b"head", b"root")
+    drawn = ChainAdmission(Sampled(0.5, seed=0))
+    chains = []
+    for chain in range(50):
+        keys = [b"root", b"head", *(b"%d %d" % (chain, at) for at in range(5))]
+        chains.append({drawn.published(0, key, parent) for parent, key in pairwise(keys[1:])})
+    assert all(len(one) == 1 for one in chains)
+    assert 10 < chains.count({True}) < 40
 
 
 # ---- tiers that fail --------------------------------------------------------------------------------------------

@@ -1,0 +1,201 @@
+"""Tiers that are open, from the top down: every read and write is guarded and counted, a failure is a miss."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from kvcache_core.blockformat import FORMAT_VERSION, KINDS, Buffer, secret_from_environment
+from kvcache_core.demotion import DemotionQueue
+from kvcache_core.errors import BlockRefused, InvalidInput, KVCacheWarning
+from kvcache_core.tiercosts import Costs, TierStats
+from kvcache_core.tiers import Item, Tier, open_tier
+
+__all__ = ["OpenTiers", "Wanted", "tier_key"]
+
+_QUEUE_BYTES = 256 << 20
+
+
+def tier_key(kind: str, group: int, key: bytes) -> bytes:
+    """The key of a result in a tier: format version, kind, layer group (0 for entries), chained or content key."""
+    return bytes((FORMAT_VERSION, KINDS[kind], group)) + key
+
+
+@dataclass(slots=True)
+class Wanted:
+    """One result that is looked for.
+
+    Attributes:
+        tier_key: where it would stand in a tier.
+        decode: gives its payload from its value; raises BlockRefused.
+        payload: what was found, or None.
+    """
+
+    tier_key: bytes
+    decode: Callable[[Buffer], Any]
+    payload: Any = None
+
+
+class OpenTiers:
+    """Tiers from the top down, the queue into the first of them, and what is known about their cost.
+
+    Args:
+        tiers: URLs or :class:`~kvcache_core.tiers.Tier` objects, the nearest first.
+        queue_bytes: bytes of results that may wait to be written; further ones are dropped and counted.
+        promote: ``"auto"``: a tier is used while loading costs less than recomputing; ``"always"``.
+        secret: signs and checks every value; default is the environment's ``KVCACHE_SECRET``.
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[str | Tier],
+        *,
+        queue_bytes: int = _QUEUE_BYTES,
+        promote: str = "auto",
+        secret: bytes | None = None,
+    ) -> None:
+        if promote not in ("auto", "always"):
+            raise InvalidInput(f"promote must be 'auto' or 'always', got {promote!r}")
+        self.tiers: list[Tier] = []
+        self._own: list[Tier] = []
+        try:
+            for tier in tiers:
+                self.tiers.append(open_tier(tier))
+                if self.tiers[-1] is not tier:
+                    self._own.append(self.tiers[-1])
+        except BaseException:
+            self._let_go()
+            raise
+        for tier in self.tiers[:-1]:
+            tier.keep_displaced = True
+        self.secret = secret_from_environment() if secret is None else secret
+        self.stats = [TierStats(tier.name) for tier in self.tiers]
+        self.costs = Costs(self.stats, always=promote == "always")
+        self._rewrite: set[bytes] = set()
+        self._warned: set[str] = set()
+        self.queue = DemotionQueue(self.tiers, queue_bytes, self.has, self._wrote)
+
+    @property
+    def persistent(self) -> int | None:
+        """The number of the first tier that outlives the process."""
+        return next((at for at, tier in enumerate(self.tiers) if tier.persistent and not tier.read_only), None)
+
+    # ---- down ----------------------------------------------------------------------------------
+
+    def has(self, number: int, key: bytes) -> bool:
+        """Whether writing a value to a tier would add nothing."""
+        tier = self.tiers[number]
+        if tier.read_only:
+            return True
+        if key in self._rewrite:
+            return False
+        try:
+            return tier.contains(key)
+        except Exception:
+            return False
+
+    def is_kept(self, key: bytes) -> bool:
+        """Whether a result is in the queue or in the first tier that can be written."""
+        if self.queue.get(key) is not None:
+            return True
+        number = next((at for at, tier in enumerate(self.tiers) if not tier.read_only), None)
+        return number is None or self.has(number, key)
+
+    def _wrote(self, number: int, items: Sequence[Item], error: Exception | None) -> None:
+        stats = self.stats[number]
+        if error is None:
+            stats.stored += len(items)
+            self._rewrite.difference_update(key for key, _ in items)
+            return
+        stats.errors += 1
+        stats.lost += len(items)
+        self._warn(f"tier {stats.name} did not take blocks ({error})", "write " + stats.name)
+
+    # ---- up ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def lease(self) -> Iterator[None]:
+        """Inside, payloads that were read may be views into a tier."""
+        with ExitStack() as leases:
+            for tier in self.tiers:
+                with suppress(Exception):  # reading from it says what is wrong
+                    leases.enter_context(tier.lease())
+            yield
+
+    def read(self, wanted: Sequence[Wanted], nbytes: int, compute_seconds: float) -> None:
+        """Fill in payloads: from the queue, then in one batched read per tier that pays.
+
+        Args:
+            wanted: what is looked for.
+            nbytes: of the values of one unit of work (a token block in all its layer groups, one entry).
+            compute_seconds: what computing one unit takes; 0.0 if that is unknown.
+        """
+        for one in wanted:
+            one.payload = self.queue.get(one.tier_key)
+        for number in range(len(self.tiers)):
+            missing = [one for one in wanted if one.payload is None]
+            if missing and self.costs.pays(number, nbytes, compute_seconds):
+                self._read(number, missing)
+
+    def _read(self, number: int, missing: Sequence[Wanted]) -> None:
+        """One batched read of one tier; what does not verify stays missing."""
+        stats, started = self.stats[number], time.perf_counter()
+        try:
+            values = self.tiers[number].get_many([one.tier_key for one in missing])
+        except Exception as error:
+            stats.errors += 1
+            stats.misses += len(missing)
+            self._warn(f"tier {stats.name} did not answer ({error})", "read " + stats.name)
+            return
+        nbytes = 0
+        for one, value in zip(missing, values, strict=True):
+            if value is None:
+                stats.misses += 1
+                continue
+            try:
+                one.payload = one.decode(value)
+            except BlockRefused as refused:
+                stats.refused += 1
+                self._rewrite.add(one.tier_key)
+                self._warn(f"tier {stats.name} holds a block that does not verify ({refused})", "refused " + stats.name)
+                continue
+            stats.hits += 1
+            nbytes += len(value)
+        if nbytes:
+            stats.read_bytes += nbytes
+            self.costs.loaded(number, nbytes, time.perf_counter() - started)
+
+    # ---- the end -------------------------------------------------------------------------------
+
+    def flush_tiers(self, deadline: float | None) -> bool:
+        """Wait until what is queued is written and safe; whether it is."""
+        done = self.queue.flush(deadline)
+        for tier, stats in zip(self.tiers, self.stats, strict=True):
+            try:
+                tier.flush()
+            except Exception as error:
+                stats.errors += 1
+                self._warn(f"tier {tier.name} did not flush ({error})", "flush " + tier.name)
+                done = False
+        return done
+
+    def close_tiers(self, deadline: float) -> bool:
+        """End the writer thread and let go of the tiers; whether nothing was lost."""
+        done = self.queue.close(deadline)
+        self._let_go()
+        return done
+
+    def _let_go(self) -> None:
+        """Close the tiers that were opened here: tiers handed over as objects belong to whoever made them."""
+        for tier in self._own:
+            tier.close()
+
+    def _warn(self, message: str, kind: str) -> None:
+        """Say each kind of trouble once; the counters have the rest."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"{message}; computed instead, and counted in tier_stats()", KVCacheWarning, stacklevel=2)

@@ -1,0 +1,131 @@
+"""The way up: a prefix match goes on below the pool, and what it finds there is as if it had been cached."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from kvcache_core.cache import BlockCache
+from kvcache_core.errors import CacheFull
+from kvcache_core.keys import root_key
+from kvcache_core.opentiers import OpenTiers, Wanted, tier_key
+from kvcache_core.poolitems import Codecs
+from kvcache_core.sequence import Sequence as CachedSequence
+from kvcache_core.store import KVStore
+
+__all__ = ["Promotion"]
+
+_CHUNK_BYTES = 64 << 20
+"""Bytes promoted in one transaction: one batched read per tier, and a bound on memory."""
+
+Row = list[Wanted]
+"""One block of tokens: what is wanted of it, per layer group."""
+
+
+class Promotion:
+    """Blocks on their way from tiers into one cache.
+
+    Args:
+        tiers: where they come from.
+        core: the cache's bookkeeping.
+        store: its tensors.
+        codecs: of the namespaces and salts that may come up.
+    """
+
+    def __init__(self, tiers: OpenTiers, core: BlockCache, store: KVStore, codecs: Codecs) -> None:
+        self._tiers = tiers
+        self._core = core
+        self._store = store
+        self._codecs = codecs
+
+    def promote(self, seq: CachedSequence, seconds_per_token: float) -> tuple[int, int]:
+        """Let ``seq`` hold what the tiers have behind its match; returns the blocks and the tokens that came up.
+
+        Args:
+            seq: a sequence that was just opened.
+            seconds_per_token: what computing costs; 0.0 if that is unknown.
+        """
+        blocks = tokens = 0
+        while True:
+            rows = self._next_rows(seq)
+            if not rows:
+                return blocks, tokens
+            with self._tiers.lease():
+                found = self._promote_rows(seq, rows, seconds_per_token)
+            blocks += found * len(seq.tables)
+            tokens += found * self._core.block_size
+            if found < len(rows):
+                return blocks, tokens
+
+    def _next_rows(self, seq: CachedSequence) -> list[Row]:
+        """What comes behind the tokens that ``seq`` holds; the block of the last token is always computed."""
+        size = self._core.block_size
+        first, last = seq.length // size, (len(seq.prompt) - 1) // size
+        codecs = self._codecs.get(root_key(size, seq.namespace, seq.salt))
+        if first >= last or codecs is None:
+            return []
+        used = range(len(seq.tables))
+        count = max(1, _CHUNK_BYTES // sum(codecs[group].value_bytes for group in used))
+        return [
+            [Wanted(tier_key("block", group, key), partial(codecs[group].decode, key)) for group in used]
+            for key in seq.prompt_keys[first : min(last, first + count)]
+        ]
+
+    def _promote_rows(self, seq: CachedSequence, rows: list[Row], seconds_per_token: float) -> int:
+        """Promote the head of ``rows`` that is complete, in one transaction; returns how many."""
+        core, size = self._core, self._core.block_size
+        found = self._fetch(seq, rows, seconds_per_token)
+        if not found:
+            return 0
+        first = seq.length // size
+        tokens = seq.prompt[seq.length : (first + found) * size]
+        try:
+            plan = core.plan([seq], [tokens])
+        except CacheFull:
+            return 0
+        try:
+            for group in range(len(seq.tables)):
+                packed = np.stack([np.frombuffer(row[group].payload, np.uint8) for row in rows[:found]])
+                blocks = plan.groups[group].block_tables[0, first : first + found].tolist()
+                self._store.import_blocks(group, blocks, packed)
+        except BaseException:
+            core.rollback(plan)
+            raise
+        core.commit(plan)
+        core.count_as_cached(seq)
+        return found
+
+    def _fetch(self, seq: CachedSequence, rows: list[Row], seconds_per_token: float) -> int:
+        """Fill in payloads; returns how many leading blocks are complete."""
+        # One layer group may have lost a block that another still has in the pool.
+        pooled = self._pooled(seq, len(rows))
+        missing = [
+            one
+            for row, here in zip(rows, pooled, strict=True)
+            for one, block in zip(row, here, strict=True)
+            if not block
+        ]
+        codecs = self._codecs[root_key(self._core.block_size, seq.namespace, seq.salt)]
+        nbytes = sum(codecs[group].value_bytes for group in range(len(seq.tables)))
+        self._tiers.read(missing, nbytes, seconds_per_token * self._core.block_size)
+        return self._export_pooled(seq, rows)
+
+    def _pooled(self, seq: CachedSequence, count: int) -> list[list[int]]:
+        """For each of the next ``count`` blocks: its block in the pool for each layer group, or 0."""
+        first = seq.length // self._core.block_size
+        groups = [blocks[first:] for blocks in self._core.prompt_blocks(seq)]
+        return [[blocks[at] if at < len(blocks) else 0 for blocks in groups] for at in range(count)]
+
+    def _export_pooled(self, seq: CachedSequence, rows: list[Row]) -> int:
+        """Take what is still missing from the pool; returns how many leading blocks are complete."""
+        if all(one.payload is not None for row in rows for one in row):
+            return len(rows)
+        with self._core.lock:
+            for at, (row, here) in enumerate(zip(rows, self._pooled(seq, len(rows)), strict=True)):
+                for group, (one, block) in enumerate(zip(row, here, strict=True)):
+                    if one.payload is None and not block:
+                        return at
+                    if one.payload is None:
+                        one.payload = self._store.export_blocks(group, [block])[0].data
+        return len(rows)
