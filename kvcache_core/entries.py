@@ -15,7 +15,8 @@ from typing import Any
 from kvcache_core.admission import Admission, AllAdmitted
 from kvcache_core.analysis import Advice, advise
 from kvcache_core.errors import InvalidInput, UsageError
-from kvcache_core.pool import BlockPool, check_size
+from kvcache_core.inputs import check_size
+from kvcache_core.pool import BlockPool
 from kvcache_core.types import NULL_BLOCK
 
 __all__ = ["EntryCache", "EntryLookup"]

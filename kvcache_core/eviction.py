@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from kvcache_core.match import LayerGroup
 from kvcache_core.prefix import PrefixIndex
-from kvcache_core.types import BlockId, Evicted
+from kvcache_core.types import BlockArray, BlockId, Evicted
 
 __all__ = ["Blocks"]
 
@@ -29,6 +29,16 @@ class Blocks:
             self.evict(number, lost, evicted)
         return taken
 
+    def take_one(self, number: int, after: int) -> int:
+        """:meth:`take` one block, which must be available, and tell what was evicted for it."""
+        block, was_evicted = self.groups[number].pool.take_one(after)
+        if was_evicted:
+            if self.on_evict is not None:
+                self.on_evict(self.describe(number, [block]))
+            self.index.detach(number, block)
+            self.evicted_blocks += 1
+        return block
+
     def evict(self, number: int, blocks: list[int], evicted: list[Evicted]) -> None:
         """The pool has evicted ``blocks`` of group ``number``: forget what they held, note it in ``evicted``."""
         if self.on_evict is not None:
@@ -46,10 +56,10 @@ class Blocks:
             found.append(Evicted(number, BlockId(block), key, self.index.fill(node), self._root(node, roots), parent))
         return found
 
-    def published(self, number: int, blocks: Sequence[int]) -> None:
+    def published(self, number: int, blocks: Sequence[int] | BlockArray) -> None:
         """Tell :attr:`on_publish` that full blocks of group ``number``, head first, can be found from now on."""
         if self.on_publish is not None:
-            self.on_publish(self.describe(number, blocks))
+            self.on_publish(self.describe(number, list(map(int, blocks))))
 
     def announce(self, evicted: list[Evicted]) -> None:
         """Tell :attr:`on_evict`, before anything can overwrite the blocks' bytes."""

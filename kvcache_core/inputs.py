@@ -11,7 +11,7 @@ import numpy as np
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.types import TokenIds
 
-__all__ = ["MAX_TOKEN", "check_salt", "checked_extras", "token_array", "whole"]
+__all__ = ["MAX_TOKEN", "check_salt", "check_size", "checked_extras", "token_array", "whole"]
 
 MAX_TOKEN = 2**31 - 1
 
@@ -78,3 +78,9 @@ def checked_extras(extra_keys: Mapping[int, bytes] | None) -> Mapping[int, bytes
         if not isinstance(position, int) or position < 0 or not isinstance(value, bytes):
             raise InvalidInput(f"extra_keys must map positions >= 0 to bytes, got {position!r}: {value!r}")
     return dict(extra_keys)
+
+
+def check_size(num_blocks: int) -> None:
+    """Raise InvalidInput unless ``num_blocks`` can be the size of a pool."""
+    if isinstance(num_blocks, bool) or not isinstance(num_blocks, int) or num_blocks < 1:
+        raise InvalidInput(f"a pool needs a whole number of blocks, at least 1; got {num_blocks!r}")

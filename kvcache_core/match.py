@@ -84,7 +84,8 @@ def _agree(groups: Sequence[LayerGroup], held: Sequence[BlockArray], count: int,
     while True:
         before = count
         for group, blocks in zip(groups, held, strict=True):
-            count = _longest_hit(group.window, blocks, count, size)
+            if np.count_nonzero(blocks) < len(blocks):
+                count = _longest_hit(group.window, blocks, count, size)
         if count == before:
             return count
 

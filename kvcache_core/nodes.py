@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from kvcache_core.types import BlockArray, BlockId, NodeId, TokenArray, view
+from kvcache_core.types import BlockArray, BlockId, NodeId, TokenArray, id_array, view
 
 __all__ = ["NodeTable"]
 
@@ -18,6 +18,10 @@ class NodeTable:
     the same memory, for single entries at a list's speed. Zero pages that were never used take no memory.
 
     A node lives while a block, a child or the tip of a sequence needs it; ``uses`` counts them.
+
+    Attributes:
+        fill_at: how many tokens each node holds.
+        token_at: the tokens, one behind the other: ``block_size`` places for each node.
 
     Args:
         block_size: tokens per block.
@@ -42,9 +46,9 @@ class NodeTable:
         """Take views of the columns; again whenever they grew."""
         columns = self._columns
         self._parents, self._fills, self._use_counts = columns["parent"], columns["fill"], columns["uses"]
-        self._parent, self._fill, self._uses, self._only_child, self._spare = map(view, columns.values())
+        self._parent, self.fill_at, self._uses, self._only_child, self._spare = map(view, columns.values())
         self._bytes = view(self._token_rows).cast("B")
-        self._token_at = self._bytes.cast("i")
+        self.token_at = self._bytes.cast("i")
         self._block_at = list(map(view, self._blocks))
 
     def __len__(self) -> int:
@@ -59,25 +63,25 @@ class NodeTable:
 
     def fill(self, node: int) -> int:
         """How many tokens the node holds."""
-        count: int = self._fill[node]
+        count: int = self.fill_at[node]
         return count
 
     def tokens(self, node: int) -> TokenArray:
         """The node's token ids; a view."""
-        return self._token_rows[node, : self._fill[node]]
+        return self._token_rows[node, : self.fill_at[node]]
 
     def tokens_of(self, nodes: Sequence[int]) -> list[int]:
         """The token ids of the chain ``nodes``; the last one may be a tail."""
         if not nodes:
             return []
         size, last = self.block_size, nodes[-1]
-        found: list[int] = self._token_rows[nodes].ravel()[: (len(nodes) - 1) * size + self._fill[last]].tolist()
+        found: list[int] = self._token_rows[nodes].ravel()[: (len(nodes) - 1) * size + self.fill_at[last]].tolist()
         return found
 
     def token_bytes(self, node: int) -> bytes:
         """The node's token ids as little-endian int32: what siblings are sorted by."""
         start = node * self._width
-        return self._bytes[start : start + 4 * self._fill[node]].tobytes()
+        return self._bytes[start : start + 4 * self.fill_at[node]].tobytes()
 
     def block(self, group: int, node: int) -> BlockId:
         """The block attached in ``group``, or the null block."""
@@ -85,7 +89,7 @@ class NodeTable:
 
     def blocks(self, group: int, nodes: Sequence[int]) -> BlockArray:
         """The blocks attached in ``group`` to each of ``nodes``; null where there is none."""
-        return self._blocks[group][nodes] if nodes else np.zeros(0, np.int32)
+        return self._blocks[group].take(id_array(nodes))
 
     def node(self, group: int, block: int) -> NodeId:
         """The node that ``block`` of ``group`` is attached to, or 0."""
@@ -95,19 +99,19 @@ class NodeTable:
 
     def append(self, node: int, tokens: Sequence[int] | TokenArray) -> None:
         """Add tokens to an open tail; the caller keeps within the block."""
-        fill = self._fill[node]
+        fill = self.fill_at[node]
         self._token_rows[node, fill : fill + len(tokens)] = tokens
-        self._fill[node] = fill + len(tokens)
+        self.fill_at[node] = fill + len(tokens)
 
     def append_one(self, node: int, token: int) -> None:
         """:meth:`append` a single token."""
-        fill = self._fill[node]
-        self._token_at[node * self.block_size + fill] = token
-        self._fill[node] = fill + 1
+        fill = self.fill_at[node]
+        self.token_at[node * self.block_size + fill] = token
+        self.fill_at[node] = fill + 1
 
     def cut(self, node: int, fill: int) -> None:
         """Drop the tokens of an open tail behind the first ``fill``."""
-        self._fill[node] = fill
+        self.fill_at[node] = fill
 
     def pin(self, node: int) -> None:
         """Keep a node alive: it is the tip of a sequence."""
@@ -132,6 +136,8 @@ class NodeTable:
 
     # ---- rows ----------------------------------------------------------------------------------
 
+    # A new row has no block; its other columns are whatever the last node there had.
+
     def _new_row(self) -> int:
         if self._num_spare:
             self._num_spare -= 1
@@ -142,28 +148,25 @@ class NodeTable:
         self._top += 1
         return self._top - 1
 
-    def _new_rows(self, count: int) -> list[int]:
+    def _new_rows(self, count: int) -> BlockArray:
         """``count`` rows, ascending: with following numbers where that is possible."""
         spare = min(count, self._num_spare)
         fresh = count - spare
         if self._top + fresh > len(self._parents):
             self._grow(fresh)
-        rows = sorted(self._spare[self._num_spare - spare : self._num_spare].tolist())
-        rows += range(self._top, self._top + fresh)
+        rows = np.empty(count, np.int32)
+        rows[:spare] = self._columns["spare"][self._num_spare - spare : self._num_spare]
+        rows[:spare].sort()
+        rows[spare:] = range(self._top, self._top + fresh)
         self._num_spare -= spare
         self._top += fresh
         return rows
 
     def _free_row(self, row: int) -> None:
-        self._fill[row] = self._parent[row] = self._only_child[row] = 0
         self._spare[self._num_spare] = row
         self._num_spare += 1
 
     def _free_rows(self, rows: BlockArray) -> None:
-        """Rows whose nodes are gone: nothing may look like a full node there."""
-        self._fills[rows] = 0
-        self._parents[rows] = 0
-        self._columns["only"][rows] = 0
         end = self._num_spare + len(rows)
         self._columns["spare"][self._num_spare : end] = rows
         self._num_spare = end

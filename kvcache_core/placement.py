@@ -7,10 +7,9 @@ from collections.abc import Sequence as _Sequence
 from itertools import pairwise
 
 from kvcache_core.errors import CacheFull, StepError
-from kvcache_core.pool import PoolResize
 from kvcache_core.reserve import Room
 from kvcache_core.sequence import Sequence
-from kvcache_core.types import BlockId, Evicted
+from kvcache_core.types import BlockId, Evicted, PoolResize
 
 __all__ = ["Placement", "count_extents"]
 

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from kvcache_core.errors import BlockError, CacheFull, InvalidInput
+from kvcache_core.errors import BlockError, CacheFull
+from kvcache_core.inputs import check_size
+from kvcache_core.lru import ReleaseQueue
 from kvcache_core.runs import FreeRuns
-from kvcache_core.types import NULL_BLOCK, BlockArray, BlockId, view
+from kvcache_core.types import NULL_BLOCK, BlockArray, BlockId, PoolResize, id_array, view
 
-__all__ = ["BlockPool", "PoolResize", "check_size"]
-
-
-@dataclass(frozen=True, slots=True)
-class PoolResize:
-    """What a resize or a compaction did: evicted blocks (old ids) and the moves old id -> new id."""
-
-    evicted: list[BlockId]
-    moves: dict[BlockId, BlockId]
+__all__ = ["BlockPool"]
 
 
 class BlockPool:
@@ -28,15 +21,12 @@ class BlockPool:
     A block is *free* (nobody holds it, nothing to find in it), *cached* (nobody holds it, its content can
     be found) or *live* (held by one or more block tables).
 
-    The LRU order is a queue of releases in which a block may stand several times. Each cached block knows
-    the place of its last entry (its stamp); an entry whose block has another stamp no longer counts. So a
-    block leaves the order by losing its stamp, every operation is constant time per block, amortised, and
-    whole tables are handled as arrays.
+    Every operation is constant time per block, amortised; whole tables are handled as arrays.
 
     Invariants:
         - free + cached + live == num_blocks.
         - a free block has no references and no findable content, and stands in :class:`FreeRuns`.
-        - a block has a stamp exactly if it is cached, and the queue has it at that place.
+        - a block stands in the :class:`ReleaseQueue` exactly if it is cached.
 
     Args:
         num_blocks: usable blocks; id 0, the null block, comes on top.
@@ -45,21 +35,15 @@ class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         check_size(num_blocks)
         self.num_blocks = num_blocks
-        self.num_cached = 0
         self.free = FreeRuns(num_blocks)
         self._allocate(num_blocks)
 
     def _allocate(self, num_blocks: int) -> None:
-        # Zero pages: what is never used takes no memory. The views make single entries as cheap as a list's.
         self._refs: BlockArray = np.zeros(num_blocks + 1, np.int32)
         self._findable = np.zeros(num_blocks + 1, np.bool_)
-        self._stamp: BlockArray = np.zeros(num_blocks + 1, np.int32)
-        self._queue: BlockArray = np.zeros(2 * num_blocks + 65, np.int32)
-        self._head = self._tail = 1
+        self._lru = ReleaseQueue(num_blocks)
         self.ref = view(self._refs)
         self._findable_at = view(self._findable)
-        self._stamp_at = view(self._stamp)
-        self._queue_at = view(self._queue)
 
     @property
     def num_free(self) -> int:
@@ -67,14 +51,19 @@ class BlockPool:
         return self.free.count
 
     @property
+    def num_cached(self) -> int:
+        """Blocks that nobody holds and whose content can be found."""
+        return self._lru.count
+
+    @property
     def num_live(self) -> int:
         """Blocks held by at least one block table."""
-        return self.num_blocks - self.free.count - self.num_cached
+        return self.num_blocks - self.free.count - self._lru.count
 
     @property
     def num_available(self) -> int:
         """Blocks that can be taken: free ones and evictable ones."""
-        return self.free.count + self.num_cached
+        return self.free.count + self._lru.count
 
     def refs(self, block: int) -> int:
         """How many block tables hold ``block``."""
@@ -101,7 +90,7 @@ class BlockPool:
             CacheFull: fewer than ``count`` blocks are free or cached; nothing was changed.
         """
         free = self.free
-        if count > free.count + self.num_cached:
+        if count > free.count + self._lru.count:
             raise CacheFull(
                 f"need {count} blocks, {free.count} free + {self.num_cached} evictable of "
                 f"{self.num_blocks}; close sequences or resize the cache",
@@ -110,25 +99,29 @@ class BlockPool:
                 capacity=self.num_blocks,
             )
         if count == 1:
-            return self._take_one(after)
-        taken = free.take_behind(after, count) if after else []
+            block, was_evicted = self.take_one(after)
+            return [block], [block] if was_evicted else []
+        taken = free.take_behind(after, count) if after and free.count else []
         rest: list[int] = []
         while len(taken) + len(rest) < count and free.count:
             rest += free.take_run(count - len(taken) - len(rest))
-        missing = count - len(taken) - len(rest)
-        evicted = self._evict(missing) if missing else []
+        evicted = self._evict(count - len(taken) - len(rest))
         # Blocks of one old sequence come tail first; sorted they are adjacent again.
         taken += sorted(rest + evicted)
-        self._refs[taken] = 1
+        self._refs.put(id_array(taken), 1)
         return taken, evicted
 
-    def _take_one(self, after: int) -> tuple[list[int], list[int]]:
-        free, evicted = self.free, []
-        taken = (free.take_behind(after, 1) if after else []) or (free.take_run(1) if free.count else [])
-        if not taken:
-            taken = evicted = self._evict(1)
-        self.ref[taken[0]] = 1
-        return taken, evicted
+    def take_one(self, after: int = NULL_BLOCK) -> tuple[int, bool]:
+        """:meth:`take` one block, which must be available: its id, and whether its content was evicted."""
+        free = self.free
+        if free.count:
+            block = ((free.take_behind(after, 1) if after else []) or free.take_run(1))[0]
+            self.ref[block] = 1
+            return block, False
+        block = self._lru.pop_one()
+        self._findable_at[block] = False
+        self.ref[block] = 1
+        return block, True
 
     def retain(self, blocks: Sequence[int] | BlockArray) -> None:
         """Add one reference to each block; null blocks are skipped.
@@ -136,16 +129,15 @@ class BlockPool:
         Raises:
             BlockError: a block is unknown or free; nothing was changed.
         """
-        held = self._checked(blocks)
-        fresh = held[self._refs[held] == 0]
-        if fresh.size:
-            findable = self._findable[fresh]
+        held, before = self._held(blocks, "retained")
+        fresh = held[before == 0]
+        if len(fresh):
+            findable = self._findable.take(fresh)
             if not findable.all():
                 block = fresh[np.argmin(findable)]
                 raise BlockError(f"block {block} is free: it cannot be retained; take it from the pool first")
-            self._stamp[fresh] = 0
-            self.num_cached -= len(set(fresh.tolist()))
-        self._add(held, 1)
+            self._lru.remove(fresh)
+        self._refs.put(held, before + 1)
 
     def release(self, blocks: Sequence[int] | BlockArray) -> None:
         """Drop one reference of each block of one sequence, given head first; null blocks are skipped.
@@ -156,21 +148,17 @@ class BlockPool:
         Raises:
             BlockError: a block is unknown, or has fewer references than it is released; nothing was changed.
         """
-        held = self._checked(blocks)
-        self._add(held, -1)
-        left = self._refs[held]
-        if left.size and left.min() < 0:
-            self._add(held, 1)
+        held, before = self._held(blocks, "released")
+        left = before - 1
+        if np.count_nonzero(left < 0):
             raise BlockError(f"block {held[left.argmin()]} was released more often than it was retained")
+        self._refs.put(held, left)
         gone = held[left == 0][::-1]
-        if not gone.size:
-            return
-        findable = self._findable[gone]
-        if findable.all():
-            self._enqueue(gone)
-            return
-        self.free.put(gone[~findable])
-        self._enqueue(gone[findable])
+        findable = self._findable.take(gone)
+        if np.count_nonzero(findable) < len(gone):
+            self.free.put(gone[~findable])
+            gone = gone[findable]
+        self._lru.push(gone)
 
     def mark_findable(self, block: int) -> None:
         """Keep the content of a live block when its last reference goes.
@@ -184,18 +172,19 @@ class BlockPool:
 
     def mark_all_findable(self, blocks: BlockArray) -> None:
         """:meth:`mark_findable` many blocks."""
-        if self._refs[blocks].min() < 1:
-            self.mark_findable(int(blocks[self._refs[blocks].argmin()]))
-        self._findable[blocks] = True
+        refs = self._refs.take(blocks)
+        if np.count_nonzero(refs) < len(refs):
+            self.mark_findable(int(blocks[refs.argmin()]))
+        self._findable.put(blocks, True)
 
     def unmark_findable(self, block: int) -> None:
         """Forget the content; a cached block becomes free."""
-        if self._findable[block]:
-            self._findable[block] = False
-            if self._stamp[block]:
-                self._stamp[block] = 0
-                self.num_cached -= 1
-                self.free.put(np.array([block], np.int32))
+        if self._findable_at[block]:
+            self._findable_at[block] = False
+            if block in self._lru:
+                only = id_array([block])
+                self._lru.remove(only)
+                self.free.put(only)
 
     def drop_cached(self) -> list[int]:
         """Evict every cached block; returns their ids, which are free now."""
@@ -204,14 +193,12 @@ class BlockPool:
     def evict(self, count: int) -> list[int]:
         """Evict the ``count`` least recently used cached blocks, or all if there are fewer; they are free now."""
         evicted = self._evict(min(count, self.num_cached))
-        self.free.put(np.array(evicted, np.int32))
+        self.free.put(id_array(evicted))
         return evicted
 
     def lru_order(self) -> list[int]:
         """The cached blocks, next to be evicted first."""
-        entries = self._queue[self._head : self._tail]
-        counts = self._stamp[entries] == np.arange(self._head, self._tail)
-        order: list[int] = entries[counts].tolist()
+        order: list[int] = self._lru.order().tolist()
         return order
 
     # ---- other sizes and places ----------------------------------------------------------------
@@ -235,8 +222,8 @@ class BlockPool:
                 capacity=self.num_blocks,
             )
         surplus = self.num_live + self.num_cached - num_blocks
-        evicted = self._evict(surplus) if surplus > 0 else []
-        self.free.put(np.array(evicted, np.int32))
+        evicted = self._evict(max(0, surplus))
+        self.free.put(id_array(evicted))
         used = self.used()
         homeless = used[used > num_blocks]
         taken = np.zeros(num_blocks + 1, np.bool_)
@@ -257,13 +244,12 @@ class BlockPool:
         renamed = np.array([moves.get(block, block) for block in used.tolist()], np.int32)
         names = np.zeros(self.num_blocks + 1, np.int32)
         names[used] = renamed
-        order = names[self.lru_order()]
+        order = names[self._lru.order()]
         refs, findable = self._refs[used], self._findable[used]
         self._allocate(num_blocks)
         self._refs[renamed], self._findable[renamed] = refs, findable
-        self.num_cached = 0
         self.num_blocks = num_blocks
-        self._enqueue(order)
+        self._lru.push(order)
         self.free = FreeRuns(num_blocks, used=renamed)
 
     def check_valid(self) -> None:
@@ -273,75 +259,38 @@ class BlockPool:
         assert np.count_nonzero(free) == self.num_free and np.count_nonzero(cached) == self.num_cached
         assert np.count_nonzero(refs) == self.num_live and not np.any(refs < 0)
         assert self.free.blocks() == (np.flatnonzero(free) + 1).tolist()
-        assert np.array_equal(self._stamp[1:] > 0, cached)
+        assert [block for block in range(1, self.num_blocks + 1) if block in self._lru] == sorted(self.lru_order())
         assert sorted(self.lru_order()) == (np.flatnonzero(cached) + 1).tolist()
         self.free.check_valid()
 
     # ---- inside --------------------------------------------------------------------------------
 
-    def _add(self, blocks: BlockArray, change: int) -> None:
-        if len(set(blocks.tolist())) == len(blocks):
-            self._refs[blocks] += change
-        else:
-            np.add.at(self._refs, blocks, change)
-
     def _evict(self, count: int) -> list[int]:
         """The ``count`` least recently used cached blocks: no longer findable, not yet free."""
-        if count == 1:
-            return [self._evict_one()]
-        evicted: list[int] = []
-        while len(evicted) < count:
-            missing = count - len(evicted)
-            end = min(self._head + 2 * missing + 16, self._tail)
-            entries = self._queue[self._head : end]
-            counting = np.flatnonzero(self._stamp[entries] == np.arange(self._head, end))[:missing]
-            self._head = end if len(counting) < missing else self._head + int(counting[-1]) + 1
-            evicted += entries[counting].tolist()
-        self._stamp[evicted] = 0
-        self._findable[evicted] = False
-        self.num_cached -= count
+        if not count:
+            return []
+        blocks = self._lru.pop(count)
+        self._findable.put(blocks, False)
+        evicted: list[int] = blocks.tolist()
         return evicted
 
-    def _evict_one(self) -> int:
-        queue, stamp, at = self._queue_at, self._stamp_at, self._head
-        while stamp[queue[at]] != at:
-            at += 1
-        self._head = at + 1
-        block: int = queue[at]
-        stamp[block] = 0
-        self._findable_at[block] = False
-        self.num_cached -= 1
-        return block
-
-    def _enqueue(self, blocks: BlockArray) -> None:
-        end = self._tail + len(blocks)
-        if end > len(self._queue):
-            order = self.lru_order()
-            self._head = self._tail = 1
-            self._place(np.array(order, np.int32))
-            end = self._tail + len(blocks)
-        self._place(blocks)
-        self.num_cached += len(blocks)
-
-    def _place(self, blocks: BlockArray) -> None:
-        end = self._tail + len(blocks)
-        self._queue[self._tail : end] = blocks
-        self._stamp[blocks] = np.arange(self._tail, end)
-        self._tail = end
-
-    def _checked(self, blocks: Sequence[int] | BlockArray) -> BlockArray:
-        """The blocks that are not null, as an array."""
-        found: BlockArray = np.array(blocks, np.int32)
-        if found.size and found.view(np.uint32).max() > self.num_blocks:
-            self._check_known(next(block for block in found.tolist() if not 0 <= block <= self.num_blocks))
-        return found if found.all() else found[found != 0]
+    def _held(self, blocks: Sequence[int] | BlockArray, verb: str) -> tuple[BlockArray, BlockArray]:
+        """The blocks that are not null, as an array, and the references of each."""
+        try:
+            ids = id_array(blocks)
+            refs = self._refs.take(ids)
+        except (OverflowError, IndexError):
+            self._check_known(next(block for block in blocks if not 0 <= block <= self.num_blocks))
+            raise
+        if np.count_nonzero(ids) < len(ids):
+            real = ids != 0
+            ids, refs = ids[real], refs[real]
+        ordered = np.sort(ids)
+        twice = ordered[1:] == ordered[:-1]
+        if np.count_nonzero(twice):
+            raise BlockError(f"block {ordered[twice.argmax()]} was {verb} more often than a table holds it: once")
+        return ids, refs
 
     def _check_known(self, block: int) -> None:
         if not 1 <= block <= self.num_blocks:
             raise BlockError(f"block {block} is unknown: ids are 1 .. {self.num_blocks}")
-
-
-def check_size(num_blocks: int) -> None:
-    """Raise InvalidInput unless ``num_blocks`` can be the size of a pool."""
-    if isinstance(num_blocks, bool) or not isinstance(num_blocks, int) or num_blocks < 1:
-        raise InvalidInput(f"a pool needs a whole number of blocks, at least 1; got {num_blocks!r}")

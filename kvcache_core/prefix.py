@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from kvcache_core.blocktree import MANY, NO_EXTRAS, BlockTree, Extras
+from kvcache_core.blocktree import BlockTree
+from kvcache_core.children import MANY, NO_EXTRAS, Extras
 from kvcache_core.keys import block_extras, block_key, extras_bytes, root_key
-from kvcache_core.types import NodeId, TokenArray
+from kvcache_core.types import NodeId, TokenArray, id_array
 
 __all__ = ["PrefixIndex"]
 
@@ -18,7 +19,7 @@ class PrefixIndex(BlockTree):
     """Finds prompts in the tree.
 
     The tokens themselves are compared, so nothing is ever found by a collision, and nothing is hashed to find it.
-    Chains whose nodes have following numbers, the usual case, are compared as one piece.
+    Where each node has one child, the usual case, a chain is compared as one piece.
 
     The children of a node are kept sorted by their tokens, so a child with given tokens, or the one that shares
     the longest head with them, is found by bisection: that is how reuse reaches to the token and not only to the
@@ -43,7 +44,7 @@ class PrefixIndex(BlockTree):
         chain = []
         at = node
         while at not in known and at not in self._root_of:
-            if self._fill[at] < self.block_size or at in self._open:
+            if self.fill_at[at] < self.block_size or at in self._open:
                 return None
             chain.append(at)
             at = self._parent[at]
@@ -59,41 +60,45 @@ class PrefixIndex(BlockTree):
     def walk(self, root: int, tokens: TokenArray, limit: int, extra_keys: Extras = NO_EXTRAS) -> list[int]:
         """The longest chain of full nodes behind ``root`` with the first blocks of ``tokens``, at most ``limit``."""
         data, width = tokens.tobytes(), self._width
-        wanted = tokens[: limit * self.block_size].reshape(limit, self.block_size)
         with_extras = bool(extra_keys or self._extras)
         nodes: list[int] = []
-        node, at, stride = root, 0, 8
-        while at < limit:
+        node, stride = root, 16
+        while len(nodes) < limit:
+            at = len(nodes)
             extras = block_extras(extra_keys, at, self.block_size) if with_extras else NO_EXTRAS
             node = self.child(node, data[at * width : (at + 1) * width], extras)
             if not node:
                 break
             nodes.append(node)
-            at += 1
-            while at < limit and not with_extras:
-                count = self._run(node, wanted[at : at + stride])
-                nodes += range(node + 1, node + 1 + count)
-                node, at = node + count, at + count
-                if count < stride:
+            if not with_extras:
+                chain = self._only_chain(node, min(stride, limit - at - 1))
+                same = self._count_equal(chain, data, at + 1)
+                nodes += chain[:same]
+                if same < len(chain):
                     break
+                node = nodes[-1]
                 stride *= 4
         return nodes
 
-    def _run(self, node: int, wanted: TokenArray) -> int:
-        """How many of the following numbers are a chain behind ``node`` with the tokens ``wanted``."""
-        first = node + 1
-        end = min(first + len(wanted), self._top)
-        if first >= end or self._parent[first] != node:
+    def _only_chain(self, node: int, limit: int) -> list[int]:
+        """The full nodes behind ``node``, each the only child of the one before; at most ``limit``."""
+        only, chain = self._only_child, list[int]()
+        while len(chain) < limit and (node := only[node]) > 0:
+            chain.append(node)
+        if chain and self.fill_at[chain[-1]] < self.block_size:
+            chain.pop()
+        return chain
+
+    def _count_equal(self, chain: list[int], data: bytes, at: int) -> int:
+        """How many nodes of ``chain`` have the tokens of ``data`` from block ``at`` on."""
+        if not chain:
             return 0
-        count = end - first
-        same = self._parents[first:end] == np.arange(node, end - 1)
-        same &= self._fills[first:end] == self.block_size
-        if not same.all():
-            count = int(same.argmin())
-        equal = (self._token_rows[first : first + count] == wanted[:count]).ravel()
-        if not equal.all():
-            count = int(equal.argmin()) // self.block_size
-        return count
+        own = self._token_rows.take(id_array(chain), axis=0).tobytes()
+        wanted = data[at * self._width : (at + len(chain)) * self._width]
+        if own == wanted:
+            return len(chain)
+        differ = np.frombuffer(own, np.int32) != np.frombuffer(wanted, np.int32)
+        return int(differ.argmax()) // self.block_size
 
     def heads(self, parent: int, tokens: TokenArray, extras: Extras = NO_EXTRAS) -> Iterator[tuple[int, NodeId]]:
         """Children of ``parent`` that start like ``tokens``: (shared tokens, node), longest first."""
@@ -133,7 +138,9 @@ class PrefixIndex(BlockTree):
 
     def _shared(self, node: int, tokens: TokenArray, extras: Extras = NO_EXTRAS) -> int:
         """How many leading tokens (with equal extra keys) ``node`` shares with ``tokens``."""
-        count = min(self._fill[node], len(tokens))
+        if self.token_at[node * self.block_size] != tokens[0]:
+            return 0
+        count = min(self.fill_at[node], len(tokens))
         differ = self._token_rows[node, :count] != tokens[:count]
         if differ.any():
             count = int(differ.argmax())

@@ -12,7 +12,7 @@ from kvcache_core.keys import chain_keys, root_key
 from kvcache_core.types import SeqId
 
 if TYPE_CHECKING:
-    from kvcache_core.cache import BlockCache
+    from kvcache_core.sequences import OpenSequences
 
 __all__ = ["Sequence"]
 
@@ -47,7 +47,7 @@ class Sequence:
         "tables",
     )
 
-    def __init__(self, cache: BlockCache, seq_id: SeqId, root: int, num_groups: int) -> None:
+    def __init__(self, cache: OpenSequences, seq_id: SeqId, root: int, num_groups: int) -> None:
         self._cache = cache
         self.id = seq_id
         self.root = root

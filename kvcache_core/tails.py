@@ -64,10 +64,7 @@ class Tails:
 
     def open_block(self, seq: Sequence) -> int:
         """A new open tail behind the sequence, in the blocks that its tables have for it."""
-        at = len(seq.nodes)
-        node = self._start(seq.tip, seq, at)
-        for number, table in enumerate(seq.tables):
-            self.index.attach(node, number, table[at])
+        node = self._start(seq.tip, seq, len(seq.nodes))
         seq.nodes.append(node)
         return node
 
@@ -77,8 +74,6 @@ class Tails:
         old = seq.nodes[at]
         node = self._start(self.index.parent(old), seq, at)
         self.index.append(node, self.index.tokens(old)[: seq.length % self.block_size])
-        for number, table in enumerate(seq.tables):
-            self.index.attach(node, number, table[at])
         seq.nodes[at] = node
         self.settle(old, copied)
         for group, block in zip(self.groups, copied, strict=False):
@@ -88,21 +83,21 @@ class Tails:
         """Turn a findable tail that only ``seq`` holds into its own open tail: it is evicted in place."""
         at = seq.length // self.block_size
         old = seq.nodes[at]
-        node = self._start(self.index.parent(old), seq, at)
-        self.index.append(node, self.index.tokens(old)[: seq.length % self.block_size])
         evicted: list[Evicted] = []
         for number, (group, table) in enumerate(zip(self.groups, seq.tables, strict=False)):
             group.pool.unmark_findable(table[at])
             self.blocks.evict(number, [table[at]], evicted)
-            self.index.attach(node, number, table[at])
         self.blocks.announce(evicted)
-        self.index.pin(node)
-        self.index.unpin(old)
+        # The sequence's pin still keeps the old node.
+        node = self._start(self.index.parent(old), seq, at)
+        self.index.append(node, self.index.tokens(old)[: seq.length % self.block_size])
+        self.index.move_pin(old, node)
         seq.nodes[at] = node
 
     def _start(self, parent: int, seq: Sequence, at: int) -> int:
+        """A new open tail in the blocks that the sequence's tables have at ``at``."""
         extras = block_extras(seq.extra_keys, at, self.block_size) if seq.extra_keys else {}
-        return self.index.open_tail(parent, extras)
+        return self.index.open_tail(parent, extras, [table[at] for table in seq.tables])
 
     # ---- publish and settle --------------------------------------------------------------------
 

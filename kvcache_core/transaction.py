@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as _Sequence
+
 import numpy as np
 
 from kvcache_core.keys import block_extras
@@ -9,12 +11,9 @@ from kvcache_core.match import first_visible_block
 from kvcache_core.plan import Reservation
 from kvcache_core.sequence import Sequence
 from kvcache_core.tails import Tails
-from kvcache_core.types import Evicted, TokenArray
+from kvcache_core.types import TokenArray, id_array
 
-__all__ = ["NEEDS_BLOCK", "Transactions"]
-
-NEEDS_BLOCK = -1
-"""What :meth:`Transactions.appendable` says of a row at a block's end."""
+__all__ = ["Transactions"]
 
 
 class Transactions:
@@ -88,7 +87,7 @@ class Transactions:
         if done < len(tokens):
             # Behind a block that is new everything is new: no twins from here on.
             start, end = at + done, at + len(tokens)
-            blocks = [np.array(table[start:end], np.int32) for table in seq.tables]
+            blocks = [id_array(table[start:end]) for table in seq.tables]
             nodes = index.add_chain(parent, tokens[done:], blocks)
             if seq.extra_keys:
                 for number, node in enumerate(nodes, start):
@@ -97,56 +96,64 @@ class Transactions:
                 group.pool.mark_all_findable(held)
             seq.nodes += nodes
             for number, held in enumerate(blocks):
-                self.blocks.published(number, held.tolist())
+                self.blocks.published(number, held)
         seq.length += tokens.size
 
     # ---- one token -----------------------------------------------------------------------------
 
+    def prepare(self, seqs: _Sequence[Sequence]) -> bool:
+        """Take the block of each sequence's next token; False if that takes a step: then nothing was changed."""
+        lacking: list[Sequence] = []
+        for seq in seqs:
+            if seq.room:
+                continue
+            if seq.length % self.block_size:
+                if not self.tails.is_private(seq):
+                    return False
+            elif _lacks_block(seq):
+                if seq.max_length > seq.length:
+                    return False
+                lacking.append(seq)
+        if lacking and min([group.pool.num_available for group in self.groups]) < len(lacking):
+            return False
+        for seq in lacking:
+            for number, table in enumerate(seq.tables):
+                if len(table) == len(seq.nodes):
+                    table.append(self.blocks.take_one(number, table[-1] if table else 0))
+        return True
+
     def append_in_room(self, seq: Sequence, token: int) -> None:
         """Add a token to a sequence that has room."""
-        tip = seq.nodes[-1]
-        self.index.append_one(tip, token)
+        index, size, room = self.index, self.block_size, seq.room
+        node, fill = seq.nodes[-1], size - room
+        index.token_at[node * size + fill] = token
+        index.fill_at[node] = fill + 1
         seq.length += 1
-        seq.room -= 1
-        if not seq.room:
+        seq.room = room - 1
+        if room == 1:
             self.tails.publish(seq, len(seq.nodes) - 1)
-            self.move_tip(tip, seq.nodes[-1])
-
-    def appendable(self, seq: Sequence) -> int:
-        """Whether :meth:`append` can add a token: 0 no, it takes a step; NEEDS_BLOCK if there is one; 1 yes."""
-        if seq.length % self.block_size:
-            return int(self.tails.is_private(seq))
-        at = len(seq.nodes)
-        if all(len(table) > at for table in seq.tables):
-            return 1
-        return 0 if seq.max_length > seq.length else NEEDS_BLOCK
+            self.move_tip(node, seq.nodes[-1])
 
     def append(self, seq: Sequence, token: int) -> None:
-        """Add a token; the caller has asked :meth:`appendable`."""
-        size, nodes = self.block_size, seq.nodes
+        """Add a token to a prepared sequence that has no room."""
+        at, fill = divmod(seq.length, self.block_size)
         old_tip = seq.tip
-        at, offset = divmod(seq.length, size)
-        if offset:
-            self.index.append_one(old_tip, token)
-        else:
-            self.extend(seq)
-            self.index.append_one(self.tails.open_block(seq), token)
+        tip = old_tip if fill else self.tails.open_block(seq)
+        self.index.append_one(tip, token)
         seq.length += 1
         seq.cut_tail = False
-        if offset + 1 == size:
+        if fill + 1 == self.block_size:
             self.tails.publish(seq, at)
-        if nodes[at] != old_tip:
-            self.move_tip(old_tip, nodes[at])
-        self._make_room(seq)
-
-    def extend(self, seq: Sequence) -> None:
-        """Take the block of the next token, unless the sequence has it; there is one (:meth:`appendable`)."""
-        at = seq.length // self.block_size
-        for number, table in enumerate(seq.tables):
-            if len(table) == at:
-                evicted: list[Evicted] = []
-                table.extend(self.blocks.take(number, 1, table[-1] if table else 0, evicted))
-                self.blocks.announce(evicted)
+            tip = seq.nodes[at]
+        if tip != old_tip:
+            self.index.move_pin(old_tip, tip)
+        if fill or self._has_windows:
+            self._make_room(seq)
+        else:
+            # Nobody else knows the new block yet.
+            seq.room = self.block_size - 1
+            if seq.room:
+                self.index.claim(tip, seq)
 
     # ---- letting go ----------------------------------------------------------------------------
 
@@ -199,5 +206,13 @@ class Transactions:
     def move_tip(self, old: int, new: int) -> None:
         """The sequence whose tip was ``old`` has the tip ``new`` now."""
         if old != new:
-            self.index.pin(new)
-            self.index.unpin(old)
+            self.index.move_pin(old, new)
+
+
+def _lacks_block(seq: Sequence) -> bool:
+    """Whether some table of a sequence that ends at a block's end has no block for the next token."""
+    at = len(seq.nodes)
+    for table in seq.tables:  # noqa: SIM110 a loop is faster here
+        if len(table) == at:
+            return True
+    return False

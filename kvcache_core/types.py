@@ -6,6 +6,7 @@ L layers, V vocabulary, N blocks.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as _Sequence
 from dataclasses import dataclass
 from typing import Any, NewType, TypeAlias
@@ -20,9 +21,11 @@ __all__ = [
     "Evicted",
     "IntArray",
     "NodeId",
+    "PoolResize",
     "SeqId",
     "TokenArray",
     "TokenIds",
+    "id_array",
     "view",
 ]
 
@@ -39,9 +42,20 @@ IntArray: TypeAlias = NDArray[np.int64]
 TokenIds: TypeAlias = "_Sequence[int] | NDArray[Any]"
 
 
-def view(array: NDArray[Any]) -> memoryview:
+def view(numbers: NDArray[Any]) -> memoryview:
     """The same memory, for single entries: a memoryview reads and writes one in half of an array's time."""
-    return memoryview(array)  # type: ignore[arg-type]
+    return memoryview(numbers)  # type: ignore[arg-type]
+
+
+def id_array(ids: _Sequence[int] | NDArray[np.int32]) -> NDArray[Any]:
+    """Ids as an array of unsigned numbers, in half the time of ``np.array``.
+
+    Raises:
+        OverflowError: one is negative (in an array it becomes one that no pool has).
+    """
+    if isinstance(ids, np.ndarray):
+        return ids.view(np.uint32)
+    return np.frombuffer(array("I", ids), np.uint32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +77,11 @@ class Evicted:
     fill: int
     root: bytes
     parent: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PoolResize:
+    """What a resize or a compaction did: evicted blocks (old ids) and the moves old id -> new id."""
+
+    evicted: list[BlockId]
+    moves: dict[BlockId, BlockId]

@@ -20,8 +20,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("keys", "stats", "admission", "tree", "weights", "worth", "analysis"),
     ("inputs", "layout"),
     ("blockformat", "statefile"),
-    ("runs", "nodes"),
-    ("pool", "blocktree"),
+    ("runs", "lru", "nodes"),
+    ("pool", "children"),
+    ("blocktree",),
     ("prefix",),
     ("entries",),
     ("activation",),
@@ -33,6 +34,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("tails",),
     ("reserve",),
     ("transaction", "placement"),
+    ("sequences",),
+    ("planning",),
     ("cache",),
     ("store",),
     ("saving",),
@@ -64,7 +67,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 
 # Imports for annotations alone that point the other way, each with its reason.
 TYPE_ONLY: dict[tuple[str, str], str] = {
-    ("sequence", "cache"): "a sequence is a handle that forwards to the cache that opened it",
+    ("sequence", "sequences"): "a sequence is a handle that forwards to the cache that opened it",
 }
 
 # Modules that need an extra. Only modules that need it too may import them: nobody pays for what they did not ask for.
@@ -225,6 +228,6 @@ def test_a_module_without_a_place_is_told_to_take_one() -> None:
 
 
 def test_a_listed_type_only_import_is_refused_at_run_time() -> None:
-    line = "from kvcache_core.cache import BlockCache"
+    line = "from kvcache_core.sequences import OpenSequences"
     assert backward_imports(f"{CORE}.sequence", f"if TYPE_CHECKING:\n    {line}", set()) == []
     assert len(backward_imports(f"{CORE}.sequence", line, set())) == 1
