@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvcache_core.plan import GroupPlan
 
-__all__ = ["SharedExtent", "past_extents", "shared_extents"]
+__all__ = ["SharedExtent", "packed_extents", "past_extents", "shared_extents"]
 
 _Extent = tuple[int, int, int]
 
@@ -75,3 +78,23 @@ def past_extents(group: GroupPlan) -> list[list[_Extent]]:
         kept = [(slot, min(size, start - first), first) for slot, size, first in extents if first < start]
         result.append(kept)
     return result
+
+
+def packed_extents(per_row: Sequence[Sequence[_Extent]]) -> tuple[NDArray[np.int64], list[list[_Extent]]]:
+    """All slots that the rows read, once each, and the rows' extents as they lie in a copy of these alone.
+
+    Args:
+        per_row: per row, (first slot, tokens, first position) of each of its extents.
+
+    Returns:
+        int64 [S] slots in ascending order, and the extents with their first slots counted in it.
+
+    Example:
+        >>> packed_extents([[(32, 4, 0), (80, 2, 4)], [(32, 3, 0)]])
+        (array([32, 33, 34, 35, 80, 81]), [[(0, 4, 0), (4, 2, 4)], [(0, 3, 0)]])
+    """
+    pieces = [np.arange(slot, slot + size) for extents in per_row for slot, size, _ in extents]
+    slots = np.unique(np.concatenate(pieces)) if pieces else np.zeros(0, np.int64)
+    return slots, [
+        [(int(np.searchsorted(slots, slot)), size, first) for slot, size, first in extents] for extents in per_row
+    ]

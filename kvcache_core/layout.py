@@ -8,12 +8,29 @@ from dataclasses import dataclass, field
 
 from kvcache_core.errors import InvalidInput, InvalidType
 
-__all__ = ["DTYPE_BYTES", "ArraySpec", "BlockLayout", "LayerSpec", "PackedArray"]
+__all__ = [
+    "DTYPE_BYTES",
+    "MODEL_DTYPES",
+    "SCALED_DTYPES",
+    "ArraySpec",
+    "BlockLayout",
+    "LayerSpec",
+    "PackedArray",
+    "check_dtype",
+    "scales_of",
+]
 
-DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+MODEL_DTYPES = ("float64", "float32", "float16", "bfloat16")
+"""What a model may compute in."""
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3": 1, "int8": 1}
 """Bytes per element of each stored dtype."""
 
-_NUMPY_FLOATS = ("float64", "float32", "float16")
+SCALED_DTYPES = ("float8_e4m3", "int8")
+"""Dtypes that are stored with one float32 scale per token and head."""
+
+_BITS = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "float8_e4m3": "<u1", "int8": "<i1"}
+"""Little-endian numpy dtypes; float types that numpy lacks as unsigned integers."""
 
 _KINDS = ("attention", "output")
 
@@ -40,7 +57,7 @@ class ArraySpec:
                 f"array {self.name!r} needs heads >= 1 and size >= 1, got heads={self.heads}, size={self.size}"
             )
         if self.dtype is not None:
-            _check_dtype(self.dtype)
+            check_dtype(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +148,19 @@ class BlockLayout:
     Args:
         layers: one spec per layer, in order.
         block_size: tokens per block.
-        dtype: stored element type: float64, float32, float16 or bfloat16.
+        dtype: stored element type: float64, float32, float16, bfloat16, float8_e4m3 or int8. An array "k" of the last
+            two has its scales beside it, as an array "k_scale" of float32, one number per token and head.
 
     Raises:
-        InvalidInput: no layers, or a block size below 1.
+        InvalidInput: no layers, a block size below 1, or an array that has the name of another one's scales.
         InvalidType: an unknown dtype.
 
     Example:
         >>> layout = BlockLayout([LayerSpec.attention(3, 64)] * 30, block_size=16)
         >>> layout.bytes_per_token, layout.bytes_per_block
         (46080, 737280)
+        >>> BlockLayout(layout.layers, dtype="int8").bytes_per_token
+        12240
     """
 
     layers: tuple[LayerSpec, ...]
@@ -155,13 +175,17 @@ class BlockLayout:
             raise InvalidInput("a layout needs at least one layer, got none")
         if block_size < 1:
             raise InvalidInput(f"block_size must be at least 1 token, got {block_size}")
-        _check_dtype(dtype)
+        check_dtype(dtype)
         object.__setattr__(self, "layers", tuple(layers))
         object.__setattr__(self, "block_size", block_size)
         object.__setattr__(self, "dtype", dtype)
         distinct = {(layer.kind, layer.window) for layer in layers}
         ordered = sorted(distinct, key=lambda group: (group[0], group[1] is not None, group[1] or 0))
         object.__setattr__(self, "groups", tuple(ordered))
+        for layer in range(len(layers)):
+            names = [array.name for array in self.stored(layer)]
+            if len(set(names)) != len(names):
+                raise InvalidInput(f"layer {layer} has an array with the name of another one's scales: {names}")
 
     def group_of(self, layer: int) -> int:
         """Index in :attr:`groups` of the layer's group."""
@@ -172,21 +196,30 @@ class BlockLayout:
         """The dtype that ``array`` is stored in."""
         return array.dtype or self.dtype
 
+    def stored(self, layer: int) -> tuple[ArraySpec, ...]:
+        """What a store keeps of a layer: its arrays, and behind each one that has scales these."""
+        found: list[ArraySpec] = []
+        for array in self.layers[layer].arrays:
+            found.append(array)
+            if self.array_dtype(array) in SCALED_DTYPES:
+                found.append(ArraySpec(scales_of(array.name), array.heads, 1, "float32"))
+        return tuple(found)
+
     def layer_bytes_per_token(self, layer: int) -> int:
         """Bytes one token takes in one layer."""
-        return sum(a.heads * a.size * DTYPE_BYTES[self.array_dtype(a)] for a in self.layers[layer].arrays)
+        return sum(a.heads * a.size * DTYPE_BYTES[self.array_dtype(a)] for a in self.stored(layer))
 
     def packed(self, group: int) -> tuple[PackedArray, ...]:
         """The arrays of a layer group in a packed block, in the order of layers and of each layer's arrays."""
         arrays: list[PackedArray] = []
         offset = 0
-        for layer, spec in enumerate(self.layers):
+        for layer in range(len(self.layers)):
             if self.group_of(layer) != group:
                 continue
-            for array in spec.arrays:
+            for array in self.stored(layer):
                 dtype = self.array_dtype(array)
                 shape = (self.block_size, array.heads, array.size)
-                packed = PackedArray(layer, array.name, dtype, shape, offset, _bits(dtype))
+                packed = PackedArray(layer, array.name, dtype, shape, offset, _BITS[dtype])
                 arrays.append(packed)
                 offset += packed.nbytes
         return tuple(arrays)
@@ -216,11 +249,17 @@ class BlockLayout:
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).digest()
 
 
-def _check_dtype(dtype: str) -> None:
+def scales_of(name: str) -> str:
+    """The name of the array that holds another one's scales."""
+    return f"{name}_scale"
+
+
+def check_dtype(dtype: str) -> str:
+    """``dtype`` if it can be stored.
+
+    Raises:
+        InvalidType: it cannot.
+    """
     if dtype not in DTYPE_BYTES:
         raise InvalidType(f"dtype must be one of {sorted(DTYPE_BYTES)}, got {dtype!r}")
-
-
-def _bits(dtype: str) -> str:
-    """The little-endian numpy dtype that holds the elements' bits; float types numpy lacks as unsigned integers."""
-    return f"<{'f' if dtype in _NUMPY_FLOATS else 'u'}{DTYPE_BYTES[dtype]}"
+    return dtype

@@ -30,8 +30,7 @@ _NAMES = {
     "bfloat16": "BF16",
     "int32": "I32",
     "int8": "I8",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
+    "float8_e4m3": "F8_E4M3",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _MAX_HEADER = 64 << 20

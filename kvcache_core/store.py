@@ -8,9 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcache_core.errors import InvalidInput, InvalidType
-from kvcache_core.layout import BlockLayout, PackedArray
+from kvcache_core.errors import InvalidInput
+from kvcache_core.layout import SCALED_DTYPES, ArraySpec, BlockLayout, PackedArray, scales_of
 from kvcache_core.plan import StepPlan
+from kvcache_core.quantization import decode, encode
 from kvcache_core.types import BlockId
 
 __all__ = ["BlockBytes", "KVStore", "NumpyStore", "packed_view"]
@@ -22,7 +23,8 @@ BlockBytes = dict[tuple[int, str], NDArray[Any]]
 class KVStore(Protocol):
     """What every store does; the contract suite in the tests runs over each of them.
 
-    Slots and blocks are those of the layer's group. Values are native tensors of the store's framework.
+    Slots and blocks are those of the layer's group. Values are native tensors of the store's framework. Where the
+    layout has scales, ``write`` makes them and ``read`` applies them; blocks are moved as they are stored.
     """
 
     layout: BlockLayout
@@ -42,7 +44,9 @@ class KVStore(Protocol):
         """Copy whole blocks; ``pairs`` is [C, 2] of (source, destination)."""
 
     def export_block(self, group: int, block: int) -> BlockBytes:
-        """The content of one block as numpy arrays (bfloat16 as its uint16 bits)."""
+        """The content of one block as numpy arrays, as it is stored: bfloat16 as uint16 bits, float8 as uint8 bits,
+        scales as arrays of their own.
+        """
 
     def import_block(self, group: int, block: int, content: BlockBytes) -> None:
         """The reverse of :meth:`export_block`."""
@@ -68,7 +72,7 @@ class NumpyStore:
     """Arrays of shape [H, slots, D] per layer and name: a head's tokens lie side by side.
 
     Args:
-        layout: what to store. bfloat16 has no numpy type and is refused.
+        layout: what to store; bfloat16 and float8 lie as their bits.
         num_blocks: usable blocks; the null block comes on top.
     """
 
@@ -76,13 +80,13 @@ class NumpyStore:
         self.layout = layout
         self.num_blocks = num_blocks
         self.arrays: dict[tuple[int, str], NDArray[Any]] = {}
-        for layer, spec in enumerate(layout.layers):
-            for array in spec.arrays:
-                dtype = layout.array_dtype(array)
-                if dtype == "bfloat16":
-                    raise InvalidType("numpy has no bfloat16: choose float32, float16 or float64 for a NumpyStore")
-                shape = (array.heads, (num_blocks + 1) * layout.block_size, array.size)
-                self.arrays[layer, array.name] = np.zeros(shape, dtype)
+        self._specs: dict[tuple[int, str], ArraySpec] = {}
+        for group in range(len(layout.groups)):
+            for array in layout.packed(group):
+                shape = (array.shape[1], (num_blocks + 1) * layout.block_size, array.shape[2])
+                self.arrays[array.layer, array.name] = np.zeros(shape, array.bits)
+        for layer in range(len(layout.layers)):
+            self._specs.update({(layer, array.name): array for array in layout.stored(layer)})
 
     @property
     def nbytes(self) -> int:
@@ -99,12 +103,16 @@ class NumpyStore:
         expected = (len(slots), array.shape[0], array.shape[2])
         if values.shape != expected:
             raise InvalidInput(f"layer {layer} array {name!r} stores [N, H, D] = {expected}, got {values.shape}")
-        array[:, slots] = values.swapaxes(0, 1)
+        bits, scales = encode(values.swapaxes(0, 1), self._dtype(layer, name))
+        array[:, slots] = bits
+        if scales is not None:
+            self.arrays[layer, scales_of(name)][:, slots] = scales
 
     def read(self, layer: int, name: str, slots: NDArray[Any]) -> NDArray[Any]:
-        """Read [N, H, D] from ``slots`` [N]."""
-        found: NDArray[Any] = self.arrays[layer, name][:, slots].swapaxes(0, 1)
-        return found
+        """Read [N, H, D] from ``slots`` [N]; float32 where numpy has no such type."""
+        bits, dtype = self.arrays[layer, name][:, slots], self._dtype(layer, name)
+        scales = self.arrays[layer, scales_of(name)][:, slots] if dtype in SCALED_DTYPES else None
+        return decode(bits, scales, dtype).swapaxes(0, 1)
 
     def copy_blocks(self, group: int, pairs: NDArray[Any]) -> None:
         """Copy whole blocks; ``pairs`` is [C, 2] of (source, destination)."""
@@ -157,6 +165,9 @@ class NumpyStore:
                 new[:, target] = old[:, source]
             self.arrays[key] = new.reshape(new.shape[0], -1, new.shape[3])
         self.num_blocks = num_blocks
+
+    def _dtype(self, layer: int, name: str) -> str:
+        return self.layout.array_dtype(self._specs[layer, name])
 
     def _group_arrays(self, group: int) -> list[NDArray[Any]]:
         return [array for key, array in self.arrays.items() if self.layout.group_of(key[0]) == group]

@@ -66,6 +66,7 @@ from hypothesis import strategies as st
 from kvcache_core import BlockCache, BlockLayout, CacheFull, InvalidInput, LayerSpec
 from kvcache_core import Sequence as CachedSequence
 from kvcache_core.attention import attend, cached_attention
+from kvcache_core.quantization import decode, encode
 from kvcache_core.store import NumpyStore
 
 __all__ = [
@@ -236,13 +237,17 @@ class NumpyOps:
         return np.concatenate(parts, axis=-1)
 
 
-def run_uncached(config: DecoderConfig, weights: Weights, tokens: Sequence[int], dtype: Any) -> np.ndarray:
-    """Logits [T, V] of a full computation in numpy, in any numpy dtype."""
+def run_uncached(
+    config: DecoderConfig, weights: Weights, tokens: Sequence[int], dtype: Any, stored: str | None = None
+) -> np.ndarray:
+    """Logits [T, V] of a full computation in numpy, in any numpy dtype; K and V rounded to the dtype ``stored``."""
     cast = {name: np.asarray(value).astype(dtype) for name, value in weights.items()}
     positions = np.arange(len(tokens))[None]
 
     def attention(layer: int, q: Any, k: Any, v: Any) -> Any:
         rows = [array[0].swapaxes(0, 1) for array in (q, k, v)]
+        if stored is not None:
+            rows[1:] = [decode(*encode(one, stored), stored).astype(dtype) for one in rows[1:]]
         result = attend(
             *rows,
             positions[0],
@@ -277,14 +282,16 @@ class Backend(Protocol):
 class NumpyBackend:
     """The reference: the core, a numpy store and numpy attention."""
 
-    def __init__(self, config: DecoderConfig, weights: Weights, num_blocks: int) -> None:
+    def __init__(self, config: DecoderConfig, weights: Weights, num_blocks: int, *, stored: str | None = None) -> None:
         self.config, self.weights = config, weights
         self.ops = NumpyOps(config.numpy_dtype)
-        self.core = BlockCache(num_blocks, layout=config.layout())
-        self.store = NumpyStore(config.layout(), num_blocks)
+        layout = config.layout()
+        layout = BlockLayout(layout.layers, layout.block_size, stored or layout.dtype)
+        self.core = BlockCache(num_blocks, layout=layout)
+        self.store = NumpyStore(layout, num_blocks)
         for array in self.store.arrays.values():
-            # Whoever reads a slot that no token was written to gets NaN.
-            array.fill(np.nan)
+            # Whoever reads a slot that no token was written to gets NaN: from scales where they are.
+            array.fill(np.nan if array.dtype.kind == "f" else 127)
 
     def step(self, seqs: list[CachedSequence], token_lists: list[list[int]], fail: int | None = None) -> np.ndarray:
         plan = self.core.plan(seqs, token_lists)

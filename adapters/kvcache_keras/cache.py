@@ -28,7 +28,7 @@ from kvcache_keras.probe import check_in_parts
 from kvcache_keras.routes import Routes
 from kvcache_keras.runner import StepRunner, build, to_numpy, widened
 from kvcache_keras.step import Recorder
-from kvcache_keras.store import TensorStore, dtype_name
+from kvcache_keras.store import TensorStore, dtype_name, stored_dtype_name
 from kvcache_keras.tokenmodel import model_input, run_model
 
 __all__ = ["KVCache"]
@@ -81,7 +81,7 @@ class KVCache(FrontendCache):
     # ---- what the core asks for ----------------------------------------------------------------
 
     def _dtype_name(self, dtype: Any) -> str:
-        return dtype_name(dtype)
+        return stored_dtype_name(dtype)
 
     def _active(self) -> Any:
         return local.cache

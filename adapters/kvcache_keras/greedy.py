@@ -51,7 +51,7 @@ class LoopStep(Step):
 
     def _grown(self, layer: int, k: _Tensor, v: _Tensor) -> Part:
         """The layer's own part with the step's K and V, as the store would have rounded them."""
-        k, v = (tf.cast(tf.cast(x, self.store.array(layer, name).dtype), x.dtype) for name, x in (("k", k), ("v", v)))
+        k, v = self.store.rounded(layer, "k", k), self.store.rounded(layer, "v", v)
         before = self.own[layer]
         keys = tf.reshape(k, (-1, *before.keys.shape[1:3], 1))
         values = tf.reshape(v, (-1, before.values.shape[1], 1, before.values.shape[3]))

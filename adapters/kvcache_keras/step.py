@@ -125,27 +125,29 @@ class Step:
         So whatever a row's blocks hold is its own or zero, and a hidden position's weight of 0 times its value
         is 0: it would be NaN if another sequence had left an overflow there.
         """
-        array = self.store.array(layer, name)
         number, heads = self.store.layout.group_of(layer), values.shape[2]
-        array.scatter_nd_update(self._places(number, heads, 0), tf.cast(values, array.dtype))
-        if name != "k":  # a hidden key's score is replaced, not multiplied
-            places = self._places(number, heads, 3)
-            key = ("zeros", number, heads, values.shape[3], array.dtype)
-            if key not in self.shared:
-                self.shared[key] = tf.zeros(tf.concat((tf.shape(places)[:-1], values.shape[3:]), 0), array.dtype)
-            array.scatter_nd_update(places, self.shared[key])
+        for part, new in self.store.encoded(layer, name, values).items():
+            array = self.store.array(layer, part)
+            array.scatter_nd_update(self._places(number, heads, 0), new)
+            if name != "k":  # a hidden key's score is replaced, not multiplied
+                places = self._places(number, heads, 3)
+                key = ("zeros", number, heads, new.shape[3], array.dtype)
+                if key not in self.shared:
+                    self.shared[key] = tf.zeros(tf.concat((tf.shape(places)[:-1], new.shape[3:]), 0), array.dtype)
+                array.scatter_nd_update(places, self.shared[key])
 
     def read(self, layer: int, name: str, dtype: Any) -> _Tensor:
         """[B, H, S, D] of all that the new tokens can see."""
-        array, spec = self.store.array(layer, name), self.store.spec(layer, name)
+        spec = self.store.spec(layer, name)
         number = self.store.layout.group_of(layer)
-        blocks = tf.gather(array, self._rows(number, spec.heads))
+        at = self._rows(number, spec.heads)
+        blocks = self.store.decoded(layer, name, lambda array: tf.gather(array, at), dtype)
         key = ("shape", number)
         if key not in self.shared:
             rows, width = tf.unstack(tf.shape(self.group(number)[1]))
-            self.shared[key] = (rows, width * array.shape[1])
+            self.shared[key] = (rows, width * self.store.layout.block_size)
         rows, context = self.shared[key]
-        return tf.cast(tf.reshape(blocks, (rows, spec.heads, context, spec.size)), dtype)
+        return tf.reshape(blocks, (rows, spec.heads, context, spec.size))
 
     def group(self, number: int) -> Sequence[_Tensor]:
         """A layer group's part of :attr:`packed`: slots, visible blocks, position of the first of them, tail slots."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -10,28 +10,42 @@ import numpy as np
 import tensorflow as tf
 
 from kvcache_core.errors import InvalidInput, InvalidType
-from kvcache_core.layout import DTYPE_BYTES, ArraySpec, BlockLayout
+from kvcache_core.layout import MODEL_DTYPES, SCALED_DTYPES, ArraySpec, BlockLayout, check_dtype, scales_of
 from kvcache_core.store import BlockBytes, packed_view
 from kvcache_core.types import BlockId
+from kvcache_keras.quantization import decoded, encoded, variable_dtype
 
-__all__ = ["TensorStore", "dtype_name"]
+__all__ = ["TensorStore", "dtype_name", "stored_dtype_name"]
 
 _Tensor = Any
 
 
 def dtype_name(dtype: Any) -> str:
-    """The layout's name of a dtype.
+    """The layout's name of a dtype that a model computes in.
+
+    Raises:
+        InvalidType: another dtype.
+    """
+    name = _name(dtype)
+    if name not in MODEL_DTYPES:
+        raise InvalidType(f"dtype must be one of {sorted(MODEL_DTYPES)}, got {dtype!r}")
+    return name
+
+
+def stored_dtype_name(dtype: Any) -> str:
+    """The layout's name of a dtype to store.
 
     Raises:
         InvalidType: a dtype that the cache cannot store.
     """
+    return check_dtype(_name(dtype).replace("float8_e4m3fn", "float8_e4m3"))
+
+
+def _name(dtype: Any) -> str:
     try:
-        name = str(keras.backend.standardize_dtype(dtype))
+        return str(keras.backend.standardize_dtype(dtype))
     except (ValueError, TypeError):
-        name = str(dtype)
-    if name not in DTYPE_BYTES:
-        raise InvalidType(f"dtype must be one of {sorted(DTYPE_BYTES)}, got {dtype!r}")
-    return name
+        return str(getattr(dtype, "name", dtype))
 
 
 class TensorStore:
@@ -49,7 +63,9 @@ class TensorStore:
     def __init__(self, layout: BlockLayout, num_blocks: int) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
-        self._specs = {(layer, array.name): array for layer, spec in enumerate(layout.layers) for array in spec.arrays}
+        self._specs = {
+            (layer, array.name): array for layer in range(len(layout.layers)) for array in layout.stored(layer)
+        }
         self._graphs: dict[tuple[str, int], Any] = {}
         with tf.init_scope():
             self._arrays = {key: self._allocate(*key) for key in self._specs}
@@ -73,24 +89,44 @@ class TensorStore:
         """Heads and size of one array."""
         return self._specs[layer, name]
 
+    def encoded(self, layer: int, name: str, values: _Tensor) -> dict[str, _Tensor]:
+        """What is kept of ``values`` [..., D], by array name: elements, and where there are some scales [..., 1]."""
+        bits, scales = encoded(values, self.layout.array_dtype(self._specs[layer, name]))
+        return {name: bits} if scales is None else {name: bits, scales_of(name): scales}
+
+    def decoded(self, layer: int, name: str, take: Callable[[tf.Variable], _Tensor], dtype: Any) -> _Tensor:
+        """What ``take`` takes from the array, and from that of its scales if there are some, in ``dtype``."""
+        scales = None
+        if self.layout.array_dtype(self._specs[layer, name]) in SCALED_DTYPES:
+            scales = take(self._arrays[layer, scales_of(name)])
+        return decoded(take(self._arrays[layer, name]), scales, dtype)
+
+    def rounded(self, layer: int, name: str, values: _Tensor) -> _Tensor:
+        """``values`` [..., D] as they would be read after they were written."""
+        return decoded(*encoded(values, self.layout.array_dtype(self._specs[layer, name])), values.dtype)
+
     def write(self, layer: int, name: str, slots: Any, values: Any) -> None:
         """Write ``values`` [N, H, D] at ``slots`` [N].
 
         Raises:
             InvalidInput: the values' shape is not the layout's.
         """
-        array, spec = self._arrays[layer, name], self._specs[layer, name]
+        spec = self._specs[layer, name]
         slots = np.asarray(slots)
         if not hasattr(values, "shape"):
             values = np.asarray(values)
         expected = (len(slots), spec.heads, spec.size)
         if tuple(values.shape) != expected:
             raise InvalidInput(f"layer {layer} array {name!r} stores [N, H, D] = {expected}, got {tuple(values.shape)}")
-        array.scatter_nd_update(self._places(slots, spec.heads), tf.cast(values, array.dtype))
+        for part, new in self.encoded(layer, name, values).items():
+            self._arrays[layer, part].scatter_nd_update(self._places(slots, spec.heads), new)
 
     def read(self, layer: int, name: str, slots: Any) -> _Tensor:
-        """Read [N, H, D] from ``slots`` [N]."""
-        return tf.gather_nd(self._arrays[layer, name], self._places(np.asarray(slots), self._specs[layer, name].heads))
+        """Read [N, H, D] from ``slots`` [N]; float32 where there are scales."""
+        places = self._places(np.asarray(slots), self._specs[layer, name].heads)
+        dtype = self.layout.array_dtype(self._specs[layer, name])
+        dtype = "float32" if dtype in SCALED_DTYPES else dtype
+        return self.decoded(layer, name, lambda array: tf.gather_nd(array, places), dtype)
 
     def copy_blocks(self, group: int, pairs: Any) -> None:
         """Copy whole blocks; ``pairs`` is [C, 2] of (source, destination)."""
@@ -108,7 +144,7 @@ class TensorStore:
             )
 
     def export_block(self, group: int, block: int) -> BlockBytes:
-        """The content of one block: {(layer, name): numpy [block_size, H, D]}, bfloat16 as its uint16 bits."""
+        """The content of one block: {(layer, name): numpy [block_size, H, D]}, bfloat16 and float8 as their bits."""
         content = {}
         for key, array in self._group_arrays(group):
             values = tf.gather(array, self._rows(key, block)).numpy().swapaxes(0, 1)
@@ -197,7 +233,7 @@ class TensorStore:
     def _allocate(self, layer: int, name: str) -> tf.Variable:
         spec = self._specs[layer, name]
         shape = (spec.heads * self.stride, self.layout.block_size, spec.size)
-        zeros = tf.zeros(shape, self.layout.array_dtype(spec))
+        zeros = tf.zeros(shape, variable_dtype(self.layout.array_dtype(spec)))
         # The number of rows may change: a resize then needs no new trace.
         open_shape = tf.TensorShape([None, *shape[1:]])
         return tf.Variable(zeros, shape=open_shape, trainable=False, name=f"kvcache_{layer}_{name}")

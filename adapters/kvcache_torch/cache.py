@@ -29,7 +29,7 @@ from kvcache_torch.linear import pack_weights as pack
 from kvcache_torch.linear import unpack_weights as unpack
 from kvcache_torch.recompute import recompute, target_scores, widened
 from kvcache_torch.step import Step
-from kvcache_torch.store import TensorStore, dtype_name, torch_dtype
+from kvcache_torch.store import TensorStore, stored_dtype_name, torch_dtype
 from kvcache_torch.transparent import Rows, assemble, reason_to_bypass, rows_of, with_recomputed_gradient
 
 __all__ = ["KVCache"]
@@ -66,7 +66,7 @@ class KVCache(FrontendCache):
     _parked: Parked | None = None
 
     def _dtype_name(self, dtype: Any) -> str:
-        return dtype_name(dtype)
+        return stored_dtype_name(dtype)
 
     def _active(self) -> Any:
         return local.cache

@@ -150,12 +150,11 @@ class ReturningStepCache(StepCache):
         return self._written(layer_idx, "k", key_states), self._written(layer_idx, "v", value_states)
 
     def _written(self, layer: int, name: str, new: Tensor) -> Tensor:
-        array = self.store.array(layer, name)
-        heads, size = array.shape[0], array.shape[2]
-        array.index_copy_(1, self.slots, new.transpose(0, 1).reshape(heads, -1, size).to(array.dtype))
+        _, heads, _, size = new.shape
+        self.store.put(layer, name, self.slots, new.transpose(0, 1).reshape(heads, -1, size))
         if self.run is not None:
-            return array[None, :, self.run : self.run + self.shape[1]].to(new.dtype)
-        return array.index_select(1, self.index).view(heads, *self.shape, size).transpose(0, 1).to(new.dtype)
+            return self.store.take(layer, name, slice(self.run, self.run + self.shape[1]), new.dtype)[None]
+        return self.store.take(layer, name, self.index, new.dtype).view(heads, *self.shape, size).transpose(0, 1)
 
 
 class RecordingStepCache(StepCache):

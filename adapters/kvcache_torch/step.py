@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcache_core.errors import InvalidInput, InvalidType
-from kvcache_core.extents import past_extents
+from kvcache_core.extents import packed_extents, past_extents
 from kvcache_core.plan import GroupPlan, StepPlan
 from kvcache_torch.kernels import attend_all, attend_masked, attend_with_lse
 from kvcache_torch.reading import Read, attend_reads, plan_reads
@@ -40,6 +41,28 @@ class _GroupStep:
         """The attention calls over what is in the pool: for a prompt without its new tokens."""
         return plan_reads(self.group.extents if self.decodes else past_extents(self.group), self._device)
 
+    @cached_property
+    def converted(self) -> _Packed:
+        """What is read where K and V are stored in another dtype: for a prompt without its new tokens."""
+        return _Packed(self.group.extents if self.decodes else past_extents(self.group), self._device)
+
+    @cached_property
+    def converted_all(self) -> _Packed:
+        """The same, always with the new tokens."""
+        return self.converted if self.decodes else _Packed(self.group.extents, self._device)
+
+
+class _Packed:
+    """Slots that a step reads, to be converted into one tensor, and the attention calls over that."""
+
+    def __init__(self, extents: Sequence[Sequence[tuple[int, int, int]]], device: torch.device) -> None:
+        slots, self.extents = packed_extents(extents)
+        adjacent = len(slots) > 0 and int(slots[-1] - slots[0]) == len(slots) - 1
+        self.slots: Tensor | slice = torch.from_numpy(slots).to(device)
+        if adjacent:
+            self.slots = slice(int(slots[0]), int(slots[-1]) + 1)
+        self.reads = plan_reads(self.extents, device)
+
 
 class Step:
     """A plan on its way through the model's layers.
@@ -54,6 +77,8 @@ class Step:
         self.plan = plan
         self.store = store
         self.dtype = dtype
+        self.converts = store.kv_dtype != dtype
+        """Whether K and V are stored in another dtype than the model's."""
         device = store.device
         self.positions = torch.from_numpy(plan.positions).to(device)
         self.last_index = torch.from_numpy(plan.counts - 1).to(device)
@@ -84,13 +109,15 @@ class Step:
         self._check(q, k, v, layer, window)
         number = self.store.group_of(layer)
         group = self._groups[number]
+        if self.converts:
+            return self._attend_converted(q, k, v, layer, scale, softcap)
         batched_keys, batched_values = self.store.batched(layer)
         run = group.run
         if run is not None:
             # One row into adjacent slots.
             batched_keys[:, :, run] = k
             batched_values[:, :, run] = v
-            if group.single is not None and softcap is None and batched_keys.dtype == self.dtype:
+            if group.single is not None and softcap is None:
                 at, end = group.single
                 return attend_all(q, batched_keys[:, :, at:end], batched_values[:, :, at:end], scale)
         keys, values = batched_keys[0], batched_values[0]
@@ -98,26 +125,52 @@ class Step:
             _write(keys, k, group.slots)
             _write(values, v, group.slots)
         if softcap is not None or not group.sees_all:
-            return self._attend_masked(q, v, keys, values, number, scale, softcap)
+            return self._attend_masked(q, keys, values, number, group.group.extents, scale, softcap)
         if group.decodes:
             return attend_reads(group.reads, q, keys, values, scale)
         new = attend_with_lse(q, k, v, scale, causal=True)
         return attend_reads(group.reads, q, keys, values, scale, new)
 
+    def _attend_converted(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float | None, softcap: float | None
+    ) -> Tensor:
+        """K and V are stored in another dtype: what the step sees is converted first.
+
+        New tokens too are attended as they are stored, so that a result does not depend on what was cached before.
+        """
+        number = self.store.group_of(layer)
+        group = self._groups[number]
+        k, v = (self._stored(layer, name, new, group) for name, new in (("k", k), ("v", v)))
+        is_masked = softcap is not None or not group.sees_all
+        read = group.converted_all if is_masked else group.converted
+        keys, values = (self.store.take(layer, name, read.slots, self.dtype) for name in "kv")
+        if is_masked:
+            return self._attend_masked(q, keys, values, number, read.extents, scale, softcap)
+        if group.decodes:
+            return attend_reads(read.reads, q, keys, values, scale)
+        new = attend_with_lse(q, k, v, scale, causal=True)
+        return attend_reads(read.reads, q, keys, values, scale, new)
+
+    def _stored(self, layer: int, name: str, new: Tensor, group: _GroupStep) -> Tensor:
+        """Write [B, H, T, D]; returns it as it will be read."""
+        rows, heads, count, size = new.shape
+        flat = new.transpose(0, 1).reshape(heads, rows * count, size)
+        return self.store.put(layer, name, group.slots, flat).view(heads, rows, count, size).transpose(0, 1)
+
     def _attend_masked(
         self,
         q: Tensor,
-        v: Tensor,
         keys: Tensor,
         values: Tensor,
         number: int,
+        extents: Sequence[Sequence[tuple[int, int, int]]],
         scale: float | None,
         softcap: float | None,
     ) -> Tensor:
         """Row by row with a mask: for a score cap, and for prompts that a window cuts."""
-        result = v.new_zeros(*q.shape[:3], v.shape[3])
+        result = q.new_zeros(*q.shape[:3], values.shape[2])
         for row, count in enumerate(self.plan.counts.tolist()):
-            seen_k, seen_v = self._gather(keys, values, number, row)
+            seen_k, seen_v = self._gather(keys, values, number, row, extents[row])
             query, mask = q[row : row + 1, :, :count], self._mask(number, row)
             result[row, :, :count] = attend_masked(query, seen_k[None], seen_v[None], mask, scale, softcap)[0]
         return result
@@ -136,23 +189,18 @@ class Step:
             self._masks[number, row] = mask
         return mask
 
-    def _gather(self, keys: Tensor, values: Tensor, number: int, row: int) -> tuple[Tensor, Tensor]:
+    def _gather(
+        self, keys: Tensor, values: Tensor, number: int, row: int, extents: Sequence[tuple[int, int, int]]
+    ) -> tuple[Tensor, Tensor]:
         """K and V of the row's extents: a view if there is one extent, else a copy."""
-        extents = self.plan.groups[number].extents[row]
         if len(extents) == 1:
             at, size, _ = extents[0]
-            return self._cast(keys[:, at : at + size], values[:, at : at + size])
+            return keys[:, at : at + size], values[:, at : at + size]
         index = self._indices.get((number, row))
         if index is None:
             slots = np.concatenate([np.arange(at, at + size) for at, size, _ in extents])
             index = self._indices[number, row] = torch.from_numpy(slots).to(keys.device)
-        return self._cast(keys.index_select(1, index), values.index_select(1, index))
-
-    def _cast(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stored values in the model's dtype; nothing to do unless another dtype was chosen for storage."""
-        if keys.dtype == self.dtype:
-            return keys, values
-        return keys.to(self.dtype), values.to(self.dtype)
+        return keys.index_select(1, index), values.index_select(1, index)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int | None) -> None:
         layers, dtype = self.store.layout.layers, self.dtype
@@ -222,4 +270,4 @@ def _write(array: Tensor, new: Tensor, slots: Tensor) -> None:
     """Put [B, H, T, D] into the step's slots [B * T] of a pool tensor [H, slots, D]."""
     rows, heads, count, size = new.shape
     flat = new.transpose(0, 1).reshape(heads, rows * count, size)
-    array.index_copy_(1, slots, flat.to(array.dtype))
+    array.index_copy_(1, slots, flat)

@@ -1,4 +1,4 @@
-"""K/V bytes in torch tensors."""
+"""K/V bytes in torch tensors, and stored dtypes: what a value becomes there, as in kvcache_core.quantization."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from kvcache_core.errors import InvalidInput, InvalidType
-from kvcache_core.layout import BlockLayout
+from kvcache_core.layout import SCALED_DTYPES, BlockLayout, check_dtype, scales_of
+from kvcache_core.quantization import LARGEST
 from kvcache_core.store import BlockBytes, packed_view
 from kvcache_core.types import BlockId
 
-__all__ = ["TensorStore", "dtype_name", "torch_dtype"]
+__all__ = ["TensorStore", "dtype_name", "stored_dtype_name", "torch_dtype"]
 
 _DTYPES = {
     "float64": torch.float64,
@@ -23,6 +24,11 @@ _DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+
+_STORED = {**_DTYPES, "float8_e4m3": torch.uint8, "int8": torch.int8}
+"""The dtypes of pool tensors: float8 lies as its bits, because PyTorch cannot index it."""
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -42,6 +48,15 @@ def dtype_name(dtype: torch.dtype | str) -> str:
     raise InvalidType(f"dtype must be one of {sorted(_DTYPES)}, got {dtype}")
 
 
+def stored_dtype_name(dtype: torch.dtype | str) -> str:
+    """The layout's name of a dtype to store.
+
+    Raises:
+        InvalidType: a dtype that the cache cannot store.
+    """
+    return check_dtype(str(dtype).removeprefix("torch.").replace("float8_e4m3fn", "float8_e4m3"))
+
+
 class TensorStore:
     """Tensors of shape [H, slots, D] per layer and array name: a head's tokens lie side by side, so a run of
     adjacent slots is a view that attention reads without a copy.
@@ -58,11 +73,15 @@ class TensorStore:
         self.layout = layout
         self.num_blocks = num_blocks
         self.device = torch.device(device)
+        self.kv_dtype = _DTYPES.get(layout.dtype)
+        """The dtype that K and V can be read in as they lie; None where they have scales."""
         self._arrays: dict[tuple[int, str], Tensor] = {}
         self._allocating = threading.Lock()
         self._group_of = [layout.group_of(layer) for layer in range(len(layout.layers))]
         self._batched: dict[int, tuple[Tensor, Tensor]] = {}
-        self._specs = {(layer, array.name): array for layer, spec in enumerate(layout.layers) for array in spec.arrays}
+        self._specs = {
+            (layer, array.name): array for layer in range(len(layout.layers)) for array in layout.stored(layer)
+        }
 
     @property
     def nbytes(self) -> int:
@@ -91,6 +110,37 @@ class TensorStore:
             views = self._batched[layer] = (self.array(layer, "k")[None], self.array(layer, "v")[None])
         return views
 
+    def put(self, layer: int, name: str, slots: Tensor, values: Tensor) -> Tensor:
+        """Write ``values`` [H, N, D] at int64 ``slots`` [N]; returns what reading them gives, in their own dtype."""
+        bits, scales = self._encoded(layer, name, values)
+        self.array(layer, name).index_copy_(1, slots, bits)
+        if scales is not None:
+            self.array(layer, scales_of(name)).index_copy_(1, slots, scales)
+        return _decoded(bits, scales, values.dtype)
+
+    def take(self, layer: int, name: str, slots: Tensor | slice, dtype: torch.dtype) -> Tensor:
+        """[H, N, D] at ``slots``, a slice or int64 [N], in ``dtype``; a view where there is nothing to convert."""
+        scales = None
+        if self._dtype(layer, name) in SCALED_DTYPES:
+            scales = _at(self.array(layer, scales_of(name)), slots)
+        return _decoded(_at(self.array(layer, name), slots), scales, dtype)
+
+    def _dtype(self, layer: int, name: str) -> str:
+        return self.layout.array_dtype(self._specs[layer, name])
+
+    def _encoded(self, layer: int, name: str, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is kept of ``values`` [..., D]: elements or their bits, and scales [..., 1] or None."""
+        dtype = self._dtype(layer, name)
+        if dtype not in SCALED_DTYPES:
+            return values.to(_STORED[dtype]), None
+        values = values.to(torch.float32)
+        scales = values.abs().amax(dim=-1, keepdim=True) / LARGEST[dtype]
+        scales = scales.masked_fill_(scales < _TINY, 0)
+        scaled = values / scales.clamp(min=_TINY)
+        if dtype == "int8":
+            return scaled.round_().to(torch.int8), scales
+        return scaled.to(torch.float8_e4m3fn).view(torch.uint8), scales
+
     def write(self, layer: int, name: str, slots: Any, values: Any) -> None:
         """Write ``values`` [N, H, D] at ``slots`` [N].
 
@@ -104,12 +154,13 @@ class TensorStore:
         if tuple(values.shape) != expected:
             raise InvalidInput(f"layer {layer} array {name!r} stores [N, H, D] = {expected}, got {tuple(values.shape)}")
         with torch.no_grad():
-            array.index_copy_(1, slots, values.transpose(0, 1).to(array.dtype))
+            self.put(layer, name, slots, values.transpose(0, 1))
 
     def read(self, layer: int, name: str, slots: Any) -> Tensor:
-        """Read [N, H, D] from ``slots`` [N]."""
+        """Read [N, H, D] from ``slots`` [N]; float32 where there are scales."""
         slots = _tensor(slots).to(self.device, torch.int64)
-        return self.array(layer, name).index_select(1, slots).transpose(0, 1)
+        dtype = _DTYPES.get(self._dtype(layer, name), torch.float32)
+        return self.take(layer, name, slots, dtype).transpose(0, 1)
 
     def copy_blocks(self, group: int, pairs: Any) -> None:
         """Copy whole blocks; ``pairs`` is [C, 2] of (source, destination)."""
@@ -122,7 +173,7 @@ class TensorStore:
                 blocks.index_copy_(1, pairs[:, 1], blocks.index_select(1, pairs[:, 0]))
 
     def export_block(self, group: int, block: int) -> BlockBytes:
-        """The content of one block: {(layer, name): numpy [block_size, H, D]}, bfloat16 as its uint16 bits."""
+        """The content of one block: {(layer, name): numpy [block_size, H, D]}; bfloat16 and float8 as their bits."""
         content = {}
         for key in self._specs:
             if self.layout.group_of(key[0]) == group:
@@ -136,7 +187,7 @@ class TensorStore:
         """The reverse of :meth:`export_block`."""
         for key, values in content.items():
             tensor = _tensor(values)
-            if self.layout.array_dtype(self._specs[key]) == "bfloat16":
+            if self._dtype(*key) == "bfloat16":
                 tensor = tensor.view(torch.bfloat16)
             self._blocks(self.array(*key))[:, block].copy_(tensor.transpose(0, 1))
 
@@ -177,7 +228,7 @@ class TensorStore:
         shape = (spec.heads, (self.num_blocks + 1) * self.layout.block_size, spec.size)
         # Not an inference tensor even inside inference_mode: those cannot be written outside it later.
         with torch.inference_mode(False):
-            array = torch.zeros(shape, dtype=torch_dtype(self.layout.array_dtype(spec)), device=self.device)
+            array = torch.zeros(shape, dtype=_STORED[self._dtype(layer, name)], device=self.device)
         self._arrays[layer, name] = array
         return array
 
@@ -191,6 +242,18 @@ def _tensor(values: Any) -> Tensor:
     if isinstance(values, np.ndarray) and (not values.flags.writeable or any(step < 0 for step in values.strides)):
         values = values.copy()
     return torch.as_tensor(values)
+
+
+def _at(array: Tensor, slots: Tensor | slice) -> Tensor:
+    return array[:, slots] if isinstance(slots, slice) else array.index_select(1, slots)
+
+
+def _decoded(bits: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What was stored, in ``dtype``; the multiplication by scales in float32."""
+    if scales is None:
+        return bits.to(dtype)
+    values = bits.view(torch.float8_e4m3fn) if bits.dtype == torch.uint8 else bits
+    return values.to(torch.float32).mul_(scales).to(dtype)
 
 
 def _bits(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,15 +8,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays as arrays_of
 
 import kvcache_keras
 import kvcache_torch
-from kvcache_core import ArraySpec, BlockLayout, InvalidInput, InvalidType, LayerSpec
+from kvcache_core import ArraySpec, BlockLayout, InvalidInput, LayerSpec
+from kvcache_core.layout import DTYPE_BYTES, SCALED_DTYPES
+from kvcache_core.quantization import decode, encode
 from kvcache_core.store import NumpyStore
 
 STORES = {"numpy": NumpyStore, "torch": kvcache_torch.TensorStore, "keras": kvcache_keras.TensorStore}
-HALF = [name for name in STORES if name != "numpy"]
 BLOCK = 4
+SIGNED = st.sampled_from([-1, 1])
+FINITE = st.integers(-300, 300).map(lambda n: n / 16) | st.builds(
+    lambda size, sign: size * sign, st.floats(2.0**-60, 2.0**90, width=32), SIGNED
+)
 
 LAYOUTS = {
     "plain": BlockLayout([LayerSpec.attention(2, 8)] * 2, BLOCK),
@@ -25,8 +31,10 @@ LAYOUTS = {
     "outputs": BlockLayout([LayerSpec.attention(1, 4), LayerSpec.output(11)], BLOCK),
     "outputs of another dtype": BlockLayout([LayerSpec.attention(1, 4), LayerSpec.output(6, "float64")], BLOCK),
     "two groups": BlockLayout([LayerSpec.attention(2, 4), LayerSpec.attention(1, 6, window=5)], BLOCK),
-    "float64": BlockLayout([LayerSpec.attention(2, 3)], BLOCK, "float64"),
-    "float16": BlockLayout([LayerSpec.attention(2, 3)], BLOCK, "float16"),
+    **{dtype: BlockLayout([LayerSpec.attention(2, 3, 5)] * 2, BLOCK, dtype) for dtype in DTYPE_BYTES},
+    "int8 with outputs and a window": BlockLayout(
+        [LayerSpec.attention(2, 4), LayerSpec.attention(1, 6, window=5), LayerSpec.output(5, "float32")], BLOCK, "int8"
+    ),
 }
 
 
@@ -45,12 +53,14 @@ def arrays(layout: BlockLayout) -> list[tuple[int, ArraySpec]]:
 
 
 def values(layout: BlockLayout, array: ArraySpec, count: int, seed: int = 0) -> np.ndarray:
-    """[N, H, D] in the array's dtype; bfloat16 as float32 that bfloat16 holds exactly."""
-    drawn = np.random.default_rng(seed).standard_normal((count, array.heads, array.size))
+    """[N, H, D] that the array's dtype holds: what the reference makes of random numbers; see `drawn`."""
     dtype = layout.array_dtype(array)
-    if dtype == "bfloat16":
-        return (drawn.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
-    return drawn.astype(dtype)
+    return decode(*encode(drawn(array, count, seed), dtype), dtype)
+
+
+def drawn(array: ArraySpec, count: int, seed: int = 0) -> np.ndarray:
+    """[N, H, D] random float32 numbers."""
+    return np.random.default_rng(seed).standard_normal((count, array.heads, array.size)).astype(np.float32)
 
 
 def read(store: Any, layer: int, name: str, slots: Any) -> np.ndarray:
@@ -224,30 +234,14 @@ def test_every_store_exports_the_same_bytes(layout):
     _equal_bytes(blocks)
 
 
-def test_bfloat16_exports_its_bits_in_both_frameworks():
-    layout = BlockLayout([LayerSpec.attention(2, 3), LayerSpec.output(5, "float32")], BLOCK, "bfloat16")
-    blocks = []
-    for name in HALF:
-        store = STORES[name](layout, 4)
-        for layer, array in arrays(layout):
-            store.write(layer, array.name, np.arange(4, 8), values(layout, array, 4, layer))
-            np.testing.assert_array_equal(
-                read(store, layer, array.name, np.arange(4, 8)), values(layout, array, 4, layer)
-            )
-        blocks.append([store.export_block(group, 1) for group in range(len(layout.groups))])
-    assert blocks[0][0][0, "k"].dtype == np.uint16
-    bits = np.ascontiguousarray(values(layout, layout.layers[0].arrays[0], 4, 0)).view(np.uint32) >> 16
-    np.testing.assert_array_equal(blocks[0][0][0, "k"], bits)
-    _equal_bytes(blocks)
-
-
-@pytest.mark.parametrize("source", HALF)
-@pytest.mark.parametrize("target", HALF)
-def test_a_block_moves_between_frameworks(source, target):
-    layout = BlockLayout([LayerSpec.attention(2, 3, 5)], BLOCK, "bfloat16")
+@pytest.mark.parametrize("source", list(STORES))
+@pytest.mark.parametrize("target", list(STORES))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3", "int8"])
+def test_a_block_moves_between_frameworks(source, target, dtype):
+    layout = LAYOUTS[dtype]
     one, other = STORES[source](layout, 3), STORES[target](layout, 3)
     for layer, array in arrays(layout):
-        one.write(layer, array.name, np.arange(4, 8), values(layout, array, 4, layer))
+        one.write(layer, array.name, np.arange(4, 8), drawn(array, 4, layer))
     other.import_block(0, 3, one.export_block(0, 1))
     for layer, array in arrays(layout):
         np.testing.assert_array_equal(
@@ -255,22 +249,64 @@ def test_a_block_moves_between_frameworks(source, target):
         )
 
 
+# ---- stored dtypes ------------------------------------------------------------------------------------------------
+
+rows = arrays_of(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 7)), elements=FINITE)
+
+
+@pytest.mark.parametrize("name", list(STORES))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3", "int8"])
+@given(new=rows)
+@settings(max_examples=40, deadline=None)
+def test_what_is_read_is_what_the_reference_makes_of_it(name, dtype, new):
+    """Bit for bit in every store, halves and subnormal numbers included."""
+    count, heads, size = new.shape
+    store = STORES[name](BlockLayout([LayerSpec.latent(1), LayerSpec.attention(heads, size)], 8, dtype), 1)
+    store.write(1, "k", np.arange(8, 8 + count), new)
+    bits, scales = encode(new, dtype)
+    np.testing.assert_array_equal(read(store, 1, "k", np.arange(8, 8 + count)), decode(bits, scales, dtype))
+    content = store.export_block(0, 1)
+    assert content[1, "k"][:count].tobytes() == bits.tobytes()
+    if scales is not None:
+        assert content[1, "k_scale"].dtype == np.float32
+        assert content[1, "k_scale"].shape == (8, heads, 1)
+        assert content[1, "k_scale"][:count].tobytes() == scales.tobytes()
+
+
+@pytest.mark.parametrize("name", list(STORES))
+@pytest.mark.parametrize("dtype", SCALED_DTYPES)
+def test_infinities_and_nan_are_read_as_nan_and_touch_no_other_token(name, dtype):
+    store = STORES[name](BlockLayout([LayerSpec.attention(2, 3)], 4, dtype), 1)
+    new = np.ones((3, 2, 3), np.float32)
+    new[0, 0, 1], new[2, 1, 0] = np.inf, np.nan
+    with np.errstate(invalid="ignore"):
+        store.write(0, "v", np.arange(4, 7), new)
+        found = read(store, 0, "v", np.arange(4, 7))
+    assert np.isnan(found[0, 0, 1]) and np.isnan(found[2, 1, 0])
+    np.testing.assert_array_equal(found[1], 1)
+    np.testing.assert_array_equal(found[0, 1], 1)
+    np.testing.assert_array_equal(found[2, 0], 1)
+
+
+def test_scales_must_not_have_the_name_of_another_array():
+    spec = LayerSpec((ArraySpec("k", 1, 2), ArraySpec("k_scale", 1, 1, "float32")))
+    with pytest.raises(InvalidInput, match="name of another one's scales"):
+        BlockLayout([spec], 4, "int8")
+    store = NumpyStore(BlockLayout([spec], 4), 1)  # no scales, no clash
+    store.write(0, "k", np.array([4]), np.ones((1, 1, 2)))
+    assert store.read(0, "k", np.array([4])).tolist() == [[[1.0, 1.0]]]
+
+
 # ---- many blocks as bytes -----------------------------------------------------------------------------------------
 
-GROUPED = {**LAYOUTS, "bfloat16": BlockLayout([LayerSpec.attention(2, 3, 5)] * 2, BLOCK, "bfloat16")}
 
-
-def stores_of(layout: BlockLayout) -> list[str]:
-    return HALF if layout.dtype == "bfloat16" else list(STORES)
-
-
-@pytest.mark.parametrize("which", list(GROUPED))
+@pytest.mark.parametrize("which", list(LAYOUTS))
 def test_packed_blocks_are_the_same_bytes_from_every_store_into_every_store(which):
-    layout = GROUPED[which]
+    layout = LAYOUTS[which]
     for group in range(len(layout.groups)):
         exported = []
-        for name in stores_of(layout):
-            store = STORES[name](layout, 9)
+        for make in STORES.values():
+            store = make(layout, 9)
             for layer, array in arrays(layout):
                 store.write(layer, array.name, np.arange(4, 40), values(layout, array, 36, layer))
             packed = store.export_blocks(group, [7, 2, 3])
@@ -278,8 +314,8 @@ def test_packed_blocks_are_the_same_bytes_from_every_store_into_every_store(whic
             assert packed.dtype == np.uint8
             exported.append(packed)
             packed.flags.writeable = False
-            for target in stores_of(layout):
-                other = STORES[target](layout, 5)
+            for make_other in STORES.values():
+                other = make_other(layout, 5)
                 other.import_blocks(group, [5, 1, 4], packed)
                 for at, block in enumerate((5, 1, 4)):
                     _equal_bytes([[store.export_block(group, (7, 2, 3)[at])], [other.export_block(group, block)]])
@@ -307,11 +343,6 @@ def test_packed_blocks_survive_a_resize(name):
     assert np.array_equal(store.export_blocks(1, [2, 3]), before)
     store.import_blocks(1, [4, 1], before)
     assert np.array_equal(store.export_blocks(1, [1, 4, 2]), before[[1, 0, 0]])
-
-
-def test_numpy_has_no_bfloat16():
-    with pytest.raises(InvalidType, match="numpy has no bfloat16"):
-        NumpyStore(BlockLayout([LayerSpec.attention(1, 2)], BLOCK, "bfloat16"), 2)
 
 
 def _equal_bytes(blocks: list[list[dict[Any, np.ndarray]]]) -> None:
@@ -352,7 +383,7 @@ operations = st.lists(
 
 
 @pytest.mark.parametrize("name", list(STORES))
-@pytest.mark.parametrize("which", ["k and v differ", "two groups", "outputs"])
+@pytest.mark.parametrize("which", ["k and v differ", "two groups", "outputs", "int8"])
 @given(operations=operations)
 @settings(max_examples=15)
 def test_any_sequence_of_operations(name, which, operations):

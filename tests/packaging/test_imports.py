@@ -19,7 +19,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("types",),
     ("keys", "stats", "admission", "tree", "weights", "worth", "analysis"),
     ("inputs", "layout"),
-    ("blockformat", "statefile"),
+    ("quantization", "blockformat", "statefile"),
     ("runs", "lru", "nodes"),
     ("pool", "children"),
     ("blocktree",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import kvcache_torch
 from kvcache_core import KVCacheWarning
 from kvcache_core.tiers import RamTier
 from tests.adapters.torch.models import Small
-from tests.reference_decoder import DecoderConfig, decoder_configs, make_weights
+from tests.reference_decoder import DecoderConfig, decoder_configs, make_weights, run_uncached
 from tests.tiers.backends import tiered
 
 PLAIN = DecoderConfig(windows=(None, 5), heads=2, kv_heads=1, width=8, block_size=3)
@@ -79,6 +80,26 @@ def test_what_one_has_published_serves_the_other_at_once(tmp_path_factory, write
     held.close()
     assert one.cache.close()
     assert other.cache.close()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
+@pytest.mark.parametrize(("writer", "reader"), [("torch", "keras"), ("keras", "torch")])
+def test_a_lossy_block_of_one_serves_the_other(writer, reader, dtype):
+    config, tier = replace(PLAIN, dtype="float64"), RamTier(1 << 24)
+    weights = make_weights(config)
+    one, other, exact = (
+        tiered(name, config, weights, 8, [tier], dtype=stored)
+        for name, stored in ((writer, dtype), (reader, dtype), (reader, None))
+    )
+    for prompt in prompts(config):
+        run(one, prompt)
+        assert one.cache.flush(10)
+    first = prompts(config)[0]
+    logits, cached = run(other, first)
+    assert cached == 4 * config.block_size
+    expected = run_uncached(config, weights, first, np.float64, dtype)[-1]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6)
+    assert run(exact, first)[1] == 0, "another stored dtype is another layout"
 
 
 @pytest.mark.parametrize("framework", ["torch", "keras"])

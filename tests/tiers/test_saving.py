@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from kvcache_core import BlockCache, InvalidInput, SequenceClosed, UsageError
 from kvcache_core.errors import BlockRefused, CacheFull
 from kvcache_core.tiers import RamTier
-from tests.reference_decoder import DecoderConfig, decoder_configs, make_weights
+from tests.reference_decoder import DecoderConfig, decoder_configs, make_weights, run_uncached
 from tests.tiers.backends import tiered
 
 PLAIN = DecoderConfig(windows=(None, 5), heads=2, kv_heads=1, width=8, block_size=3)
@@ -68,6 +69,28 @@ def test_saved_here_and_loaded_there(tmp_path_factory, writer, reader, config, l
     path = tmp_path_factory.mktemp("state") / "seq.safetensors"
     tokens = saved(backend(writer, config), path, length)
     check_goes_on(backend(reader, config), path, tokens)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
+@pytest.mark.parametrize(("writer", "reader"), [("torch", "keras"), ("keras", "torch")])
+def test_lossy_state_moves_as_it_is_stored(tmp_path, writer, reader, dtype):
+    """Elements and scales: the other framework goes on as the model with rounded K and V, to the last bits."""
+    config = replace(PLAIN, dtype="float64")
+    weights, new = make_weights(config), [5, 1, 2]
+    one, other = (tiered(name, config, weights, 40, [RamTier(1000)], dtype=dtype) for name in (writer, reader))
+    tokens = saved(one, tmp_path / "seq")
+    seq = other.cache.load(tmp_path / "seq")
+    logits = other.cache.step([seq], [new])[0]
+    expected = run_uncached(config, weights, [*tokens, *new], np.float64, dtype)[-1]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6)
+    safetensors = pytest.importorskip("safetensors.torch")
+    tensors = safetensors.load_file(tmp_path / "seq")
+    assert tensors["layers.0.k"].shape == (20, 1, config.head_size)
+    assert str(tensors["layers.0.k"].dtype) == {"int8": "torch.int8", "float8_e4m3": "torch.float8_e4m3fn"}[dtype]
+    assert tensors["layers.0.k_scale"].shape == (20, 1, 1)
+    exact = tiered(reader, config, weights, 40, [RamTier(1000)])
+    with pytest.raises(BlockRefused, match="another layout"):
+        exact.cache.load(tmp_path / "seq")
 
 
 def test_loaded_where_some_of_it_is_cached(tmp_path):

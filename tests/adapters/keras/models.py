@@ -81,9 +81,9 @@ class Decoder(keras.Model):
 class KerasBackend:
     """The reference driver's view of a Keras model and its cache."""
 
-    def __init__(self, config: DecoderConfig, weights: Weights, num_blocks: int) -> None:
+    def __init__(self, config: DecoderConfig, weights: Weights, num_blocks: int, *, stored: str | None = None) -> None:
         self.model = Decoder(config, weights)
-        self.cache = KVCache(size=num_blocks, block_size=config.block_size)
+        self.cache = KVCache(size=num_blocks, block_size=config.block_size, dtype=stored)
         self.cache.attach(self.model, outputs="last")
         self.core = self.cache.core
         fill_with_nan(self.cache.store)
@@ -113,7 +113,7 @@ def fill_with_nan(store: Any) -> None:
     for key, spec in store._specs.items():
         array = store.array(*key)
         shape = (spec.heads, store.stride, *array.shape[1:])
-        values = np.full(shape, np.nan, np.float32)
+        values = np.full(shape, 127 if array.dtype.is_integer else np.nan, np.float32)
         values[:, 0] = 0
         array.assign(tf.cast(values.reshape(-1, *shape[2:]), array.dtype))
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kvcache_core import CacheFull
 from kvcache_core.frontend import FrontendCache
+from kvcache_core.layout import SCALED_DTYPES
 from kvcache_keras import KVCache
 from tests.adapters.keras.models import VOCAB, Decoder, Small, fill_with_nan, ids
 from tests.reference_decoder import DecoderConfig, decoder_configs, make_weights
@@ -64,6 +65,12 @@ def test_equals_step_by_step(config, prompts, counts, eos_ids) -> None:
 @given(decoder_configs(head_sizes=(8,), max_layers=2, dtypes=("float32",)), PROMPTS)
 def test_what_the_store_rounds_is_rounded(config, prompts) -> None:
     check(config, prompts, [5, 1], set(), "float16")
+
+
+@settings(max_examples=2)
+@given(decoder_configs(head_sizes=(8,), max_layers=2, dtypes=("float64",)), PROMPTS, st.sampled_from(SCALED_DTYPES))
+def test_what_the_store_scales_is_scaled(config, prompts, dtype) -> None:
+    check(config, prompts, [5, 1], set(), dtype)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -90,20 +90,22 @@ class TorchBackend:
         *,
         compiler: str | None = None,
         device: str = "cpu",
+        stored: str | None = None,
     ) -> None:
         self.decoder = RandomDecoder(config, weights).eval().to(device)
         self.model: Any = self.decoder
         if compiler:
             self.model = torch.compile(self.decoder, backend=compiler, dynamic=True, fullgraph=True)
         self.compiled = compiler is not None
-        self.cache = KVCache(num_blocks, block_size=config.block_size)
+        self.cache = KVCache(num_blocks, block_size=config.block_size, dtype=stored)
         self.cache.attach(self.model, outputs="last")
         self.core = self.cache.core
         self.device = device
         for layer in range(config.layers):
-            for name in ("k", "v"):
-                # Whoever reads a slot that no token was written to gets NaN.
-                self.cache.store.array(layer, name).fill_(torch.nan)
+            for spec in self.cache.store.layout.stored(layer):
+                # Whoever reads a slot that no token was written to gets NaN: from scales where they are.
+                array = self.cache.store.array(layer, spec.name)
+                array.fill_(torch.nan if array.is_floating_point() else 127)
 
     def step(self, seqs: Any, token_lists: Any, fail: int | None = None) -> np.ndarray:
         self.decoder.fail = None if self.compiled else fail
