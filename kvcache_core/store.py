@@ -112,7 +112,8 @@ class NumpyStore:
         """Read [N, H, D] from ``slots`` [N]; float32 where numpy has no such type."""
         bits, dtype = self.arrays[layer, name][:, slots], self._dtype(layer, name)
         scales = self.arrays[layer, scales_of(name)][:, slots] if dtype in SCALED_DTYPES else None
-        return decode(bits, scales, dtype).swapaxes(0, 1)
+        found: NDArray[Any] = decode(bits, scales, dtype).swapaxes(0, 1)
+        return found
 
     def copy_blocks(self, group: int, pairs: NDArray[Any]) -> None:
         """Copy whole blocks; ``pairs`` is [C, 2] of (source, destination)."""
