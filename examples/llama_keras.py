@@ -30,6 +30,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return tf.matmul(x, weight)
 
 
+def narrowing(x: Tensor, weight: Tensor) -> Tensor:
+    """x [N, in] times a turned weight [out, in]: for few outputs, TensorFlow reads one row's product faster so."""
+    return tf.matmul(x, weight, transpose_b=True)
+
+
 def logits(x: Tensor, table: Tensor) -> Tensor:
     """x [B, T, C] times table [C, V]: [B, T, V]."""
     batch, length, size = ops.shape(x)
@@ -65,39 +70,36 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Block(keras.layers.Layer):
-    """One decoder layer: [B, T, C] -> [B, T, C]; inside, the tokens of all rows stand in one list, N = B * T."""
+    """One decoder layer: [N, C] -> [N, C], N = B * T: the tokens of all rows in one list."""
 
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
         self.config, self.index = config, index
         self.norm1 = weight(self, config.hidden_size)
         self.qkv = weight(self, config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
-        self.out = weight(self, config.num_heads * config.head_dim, config.hidden_size)
+        self.out = weight(self, config.hidden_size, config.num_heads * config.head_dim)
         self.norm2 = weight(self, config.hidden_size)
         self.gate_up = weight(self, config.hidden_size, 2 * config.intermediate_size)
-        self.down = weight(self, config.intermediate_size, config.hidden_size)
+        self.down = weight(self, config.hidden_size, config.intermediate_size)
         self.built = True  # else Keras traces the layer three times to find out what to build
 
-    def call(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        batch, length, size = ops.shape(x)
-        x = ops.reshape(x, (batch * length, size))
-        x = x + self.attend(rms_norm(x, self.norm1, self.config.norm_eps), batch, length, cos, sin)
-        x = x + self.feed_forward(rms_norm(x, self.norm2, self.config.norm_eps))
-        return ops.reshape(x, (batch, length, size))
+    def call(self, x: Tensor, cos: Tensor, sin: Tensor, length: Any) -> Tensor:
+        x = x + self.attend(rms_norm(x, self.norm1, self.config.norm_eps), cos, sin, length)
+        return x + self.feed_forward(rms_norm(x, self.norm2, self.config.norm_eps))
 
-    def attend(self, x: Tensor, batch: Any, length: Any, cos: Tensor, sin: Tensor) -> Tensor:
-        """Grouped-query attention with rotary positions."""
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, length: Any) -> Tensor:
+        """Grouped-query attention with rotary positions; `length` is T."""
         heads, kv_heads, size = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        qkv = ops.reshape(linear(x, self.qkv), (batch, length, heads + 2 * kv_heads, size))
+        qkv = ops.reshape(linear(x, self.qkv), (-1, length, heads + 2 * kv_heads, size))
         qk, v = tf.split(qkv, (heads + kv_heads, kv_heads), axis=2)
         q, k = tf.split(rotate(qk, cos, sin), (heads, kv_heads), axis=2)
         y = attention(q, k, v, layer=self.index)  # [B, T, H, D]
-        return linear(ops.reshape(y, (batch * length, heads * size)), self.out)
+        return narrowing(ops.reshape(y, (-1, heads * size)), self.out)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """SwiGLU."""
         gate, up = tf.split(linear(x, self.gate_up), 2, axis=-1)
-        return linear(silu(gate) * up, self.down)
+        return narrowing(silu(gate) * up, self.down)
 
 
 class Llama(keras.Model):
@@ -113,10 +115,12 @@ class Llama(keras.Model):
         self.built = True
 
     def call(self, x: Tensor) -> Tensor:
-        cos, sin = rotary(positions(ops.shape(x)[1]), self.config.frequencies)
-        h = embed(x, self.embed)
+        length, size = ops.shape(x)[1], self.config.hidden_size
+        cos, sin = rotary(positions(length), self.config.frequencies)
+        h = ops.reshape(embed(x, self.embed), (-1, size))
         for block in self.blocks:
-            h = block(h, cos, sin)
+            h = block(h, cos, sin, length=length)
+        h = ops.reshape(h, (-1, length, size))
         h = rms_norm(select_outputs(h), self.norm, self.config.norm_eps)  # a prefill needs each row's last token only
         return logits(h, self.head)
 
@@ -124,8 +128,9 @@ class Llama(keras.Model):
 def load_weights(model: Llama, weights: dict[str, np.ndarray]) -> Llama:
     """Copy weights, named as in transformers, into `model`; returns it."""
 
-    def fill(variable: keras.Variable, *names: str) -> None:
-        variable.assign(np.concatenate([weights[name + ".weight"] for name in names]).T)
+    def fill(variable: keras.Variable, *names: str, turned: bool = False) -> None:
+        value = np.concatenate([weights[name + ".weight"] for name in names])  # [out, in], as PyTorch keeps it
+        variable.assign(value if turned else value.T)
 
     fill(model.embed, "model.embed_tokens")
     fill(model.norm, "model.norm")
@@ -135,10 +140,10 @@ def load_weights(model: Llama, weights: dict[str, np.ndarray]) -> Llama:
         at = f"model.layers.{i}."
         fill(block.norm1, at + "input_layernorm")
         fill(block.qkv, *(at + f"self_attn.{name}_proj" for name in "qkv"))
-        fill(block.out, at + "self_attn.o_proj")
+        fill(block.out, at + "self_attn.o_proj", turned=True)
         fill(block.norm2, at + "post_attention_layernorm")
         fill(block.gate_up, at + "mlp.gate_proj", at + "mlp.up_proj")
-        fill(block.down, at + "mlp.down_proj")
+        fill(block.down, at + "mlp.down_proj", turned=True)
     return model
 
 

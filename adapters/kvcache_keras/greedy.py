@@ -46,8 +46,9 @@ class LoopStep(Step):
         layer = len(self.used) if layer is None else layer
         self.check(q, k, v, layer, window)
         self.own[layer] = self._grown(layer, k, v)
-        bias = self._bias(self.store.layout.group_of(layer), window)
-        return attend_parts(q, [*self.context[layer], self.own[layer]], bias, scale, softcap)
+        number = self.store.layout.group_of(layer)
+        parts = [*self.context[layer], self.own[layer]]
+        return attend_parts(q, parts, self._sizes(number, parts), self._bias(number, window), scale, softcap)
 
     def _grown(self, layer: int, k: _Tensor, v: _Tensor) -> Part:
         """The layer's own part with the step's K and V, as the store would have rounded them."""
@@ -56,6 +57,13 @@ class LoopStep(Step):
         keys = tf.reshape(k, (-1, *before.keys.shape[1:3], 1))
         values = tf.reshape(v, (-1, before.values.shape[1], 1, before.values.shape[3]))
         return Part(tf.concat((before.keys, keys), axis=3), tf.concat((before.values, values), axis=2), is_long=False)
+
+    def _sizes(self, number: int, parts: list[Part]) -> _Tensor:
+        """int32 [parts], the tokens in each: the same in all layers of a group."""
+        key = ("sizes", number)
+        if key not in self.shared:
+            self.shared[key] = tf.stack([tf.shape(part.values)[2] for part in parts])
+        return self.shared[key]
 
     def _bias(self, number: int, window: int | None) -> _Tensor:
         """[B, 1, 1, S]: 0 at what the step's token can see in context and own part, else the least number."""

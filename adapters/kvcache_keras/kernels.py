@@ -89,6 +89,7 @@ def attend(
 def attend_parts(
     q: _Tensor,
     parts: Sequence[Part],
+    sizes: _Tensor,
     bias: _Tensor,
     scale: float | None,
     softcap: float | None,
@@ -98,6 +99,7 @@ def attend_parts(
     Args:
         q: [B, 1, Hq, D].
         parts: keys and values, finite everywhere.
+        sizes: int32 [parts], the keys in each.
         bias: [B, 1, 1, S], added to the scores of all parts' S keys.
         scale: as for :func:`attend`.
         softcap: as for :func:`attend`.
@@ -114,7 +116,7 @@ def attend_parts(
     # TensorFlow's own softmax takes longer to set up than to compute, and would be put in if the division came first.
     weights = tf.exp(scores - tf.reduce_max(scores, axis=-1, keepdims=True))
     total = tf.reduce_sum(weights, axis=-1, keepdims=True)
-    shares = tf.split(tf.cast(weights, q.dtype), [tf.shape(part.values)[2] for part in parts], axis=-1)
+    shares = tf.split(tf.cast(weights, q.dtype), sizes, axis=-1, num=len(parts))
     y = tf.add_n([part.matmul(share, part.values) for share, part in zip(shares, parts, strict=True)])
     return tf.reshape(y / tf.cast(total, y.dtype), (-1, 1, heads, value_size))
 
