@@ -157,10 +157,11 @@ class PlannedSteps(OpenSequences):
             lock.release()
 
     def _append_all(self, seqs: _Sequence[Sequence], tokens: _Sequence[int]) -> None:
-        ids = token_array(tokens, "append")
-        usable = len(seqs) == len(ids) == len(set(seqs)) and all(map(self._can_step, seqs))
+        ids, namespace = token_array(tokens, "append"), self.namespace
+        usable = len(seqs) == len(ids) == len(set(seqs))
+        others = [seq for seq in seqs if not (seq.room and seq._cache is self and seq.namespace == namespace)]
         # As in a step, every row has its block before one lets go of any, which another would take.
-        if not usable or not self._moves.prepare(seqs):
+        if not usable or (others and not (all(map(self._can_step, others)) and self._moves.prepare(others))):
             self.commit(self.plan(seqs, [[token] for token in ids]))
             return
         for seq, token in zip(seqs, ids, strict=True):

@@ -102,11 +102,12 @@ class Transactions:
     # ---- one token -----------------------------------------------------------------------------
 
     def prepare(self, seqs: _Sequence[Sequence]) -> bool:
-        """Take the block of each sequence's next token; False if that takes a step: then nothing was changed."""
+        """Take the block of each sequence's next token; False if that takes a step: then nothing was changed.
+
+        For sequences that have no room in their last block.
+        """
         lacking: list[Sequence] = []
         for seq in seqs:
-            if seq.room:
-                continue
             if seq.length % self.block_size:
                 if not self.tails.is_private(seq):
                     return False
