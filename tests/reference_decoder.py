@@ -17,7 +17,8 @@ A backend has (see :class:`Backend`; :class:`NumpyBackend` is a whole one in 50 
     backend.step(seqs, token_lists, fail=None)  # plan, run, commit; logits [B, T, V] padded on the right, as
                                                 # numpy, or [B, V] (behind each row's last token only).
                                                 # When anything raises: roll back and let it out.
-    backend.uncached(tokens)                    # the same model without the cache: [T, V] for one list of ids
+    backend.uncached(tokens, weights)           # the same model without the cache, with these weights: [T, V] for
+                                                # one list of ids
     backend.resize(num_blocks)                  # core.resize and the store's part
 
 ``fail=layer`` asks for an exception inside the step: raise ``InjectedFault`` when layer ``layer`` has written
@@ -47,8 +48,8 @@ are float32 arrays whose values bfloat16 holds exactly.
 The bound (invariant 1): over all outputs of a script, the error against a wide reference is no larger than
 the uncached run's own error times 1.5 plus one ulp of the dtype at the magnitude of the outputs.
 The reference is float64 or wider: numpy's longdouble. One run's own error is one draw of its rounding; for a
-few outputs it can be small by luck. So where the bound is passed, the uncached error is drawn again with
-the hidden units permuted (same mathematics, other rounding) before the test fails. A wrong value is off by
+few outputs it can be small by luck. So where the bound is passed, the backend's own uncached model is run again
+with the hidden units permuted (same mathematics, other rounding) before the test fails. A wrong value is off by
 orders of magnitude more.
 """
 
@@ -272,8 +273,8 @@ class Backend(Protocol):
     def step(self, seqs: list[CachedSequence], token_lists: list[list[int]], fail: int | None = None) -> np.ndarray:
         """Append tokens to each row: logits [B, T, V] padded on the right, or [B, V] behind the last tokens."""
 
-    def uncached(self, tokens: list[int]) -> np.ndarray:
-        """Logits [T, V] of the same model without the cache."""
+    def uncached(self, tokens: list[int], weights: Weights) -> np.ndarray:
+        """Logits [T, V] of the same model without the cache, with other weights of the same shapes."""
 
     def resize(self, num_blocks: int) -> None:
         """Change the capacity of core and store."""
@@ -314,8 +315,8 @@ class NumpyBackend:
         self.core.commit(plan)
         return logits
 
-    def uncached(self, tokens: list[int]) -> np.ndarray:
-        return run_uncached(self.config, self.weights, tokens, self.config.numpy_dtype)
+    def uncached(self, tokens: list[int], weights: Weights) -> np.ndarray:
+        return run_uncached(self.config, weights, tokens, self.config.numpy_dtype)
 
     def resize(self, num_blocks: int) -> None:
         results = self.core.resize(num_blocks)
@@ -588,7 +589,7 @@ class Driver:
             return
         weights = make_weights(self.config)
         longest = _longest({record.tokens for record in self.records})
-        mine = [np.asarray(self.backend.uncached(list(full))).astype(np.longdouble) for full in longest]
+        mine = [self._uncached(full, weights) for full in longest]
         wide = WIDER or self.config.dtype != "float64"
         exact = [run_uncached(self.config, weights, full, np.longdouble) for full in longest] if wide else mine
         magnitude = max(float(np.abs(one).max()) for one in exact)
@@ -597,17 +598,19 @@ class Driver:
         slack = ulps * ulp(self.config.dtype, magnitude)
         own_error = max(_error(one, true) for one, true in zip(mine, exact, strict=True))
         for draw in range(REDRAWS):
-            if cached_error <= self.factor * own_error + slack or self.config.dtype == "bfloat16":
+            if cached_error <= self.factor * own_error + slack:
                 break
-            for full, true in zip(longest, exact, strict=True):
-                shuffled = _permuted(self.config, weights, draw)
-                again = run_uncached(self.config, shuffled, full, self.config.numpy_dtype)
-                own_error = max(own_error, _error(again, true))
+            shuffled = _permuted(self.config, weights, draw)
+            again = [_error(self._uncached(full, shuffled), true) for full, true in zip(longest, exact, strict=True)]
+            own_error = max(own_error, *again)
         bound = self.factor * own_error + slack
         assert cached_error <= bound, (
             f"cached error {cached_error:.3g} > {bound:.3g} (uncached {own_error:.3g}), worst at {worst}"
         )
         self.counts["outputs compared"] += len(self.records)
+
+    def _uncached(self, tokens: tuple[int, ...], weights: Weights) -> np.ndarray:
+        return np.asarray(self.backend.uncached(list(tokens), weights)).astype(np.longdouble)
 
     def _cached_error(self, longest: list[tuple[int, ...]], exact: list[np.ndarray]) -> tuple[float, Record | None]:
         largest, worst = 0.0, None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvcache_torch.native import DecodeKernel, load
 
-__all__ = ["attend_all", "attend_masked", "attend_with_lse", "merge", "plain_attention", "use_native"]
+__all__ = ["Part", "attend_all", "attend_masked", "attend_with_lse", "merge", "plain_attention", "use_native"]
+
+Part = tuple[slice | Tensor | None, Tensor, Tensor]
+"""Attention of some rows over some of their tokens: the rows, None for all; result; log-sum-exp."""
 
 _QUERIES_AT_ONCE = 256
 
@@ -101,7 +106,7 @@ def attend_with_lse(
         mask: [B, 1, 1, S] of q's dtype, added to the scores; not together with ``causal``.
 
     Returns:
-        [B, Hq, T, Dv], and [B, Hq, T] in at least float32.
+        [B, Hq, T, Dv], of q's dtype or float32, and [B, Hq, T] in at least float32.
     """
     rows, heads, count, size = q.shape
     groups = heads // k.shape[1]
@@ -134,39 +139,66 @@ def _flash_cpu(
 def _portable(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The same from matrix products alone, some queries at a time so that the scores stay small."""
+    """The same from matrix products alone, some queries at a time so that the scores stay small.
+
+    In at least float32 throughout: a score of half precision is off by more than the whole result may be.
+    """
     exact = torch.promote_types(q.dtype, torch.float32)
-    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    q = q.to(exact) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    k, v = k.to(exact).transpose(-1, -2), v.to(exact)
     outputs, sums = [], []
     for at in range(0, q.shape[2], _QUERIES_AT_ONCE):
-        scores = (q[:, :, at : at + _QUERIES_AT_ONCE] @ k.transpose(-1, -2)).to(exact)
+        scores = q[:, :, at : at + _QUERIES_AT_ONCE] @ k
         if mask is not None:
             scores = scores + mask
         if causal:
-            where = torch.arange(k.shape[2], device=q.device)
+            where = torch.arange(k.shape[3], device=q.device)
             seen = where <= at + torch.arange(scores.shape[2], device=q.device)[:, None]
             scores = scores.masked_fill(~seen, float("-inf"))
         # As softmax does it: the rounding of a log-sum-exp would stand in every weight.
         largest = scores.amax(-1, keepdim=True)
         weights = (scores - largest).exp()
         total = weights.sum(-1, keepdim=True)
-        outputs.append((weights / total).to(v.dtype) @ v)
+        outputs.append((weights / total) @ v)
         sums.append((largest + total.log()).squeeze(-1))
     return torch.cat(outputs, 2), torch.cat(sums, 2)
 
 
-def merge(result: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two disjoint sets of tokens from attention over each.
+def merge(parts: Sequence[Part], rows: int) -> Tensor:
+    """Attention over disjoint sets of tokens, put together to what one softmax over all of them gives.
 
-    The log-sum-exp merge of cascade inference (FlashInfer), which gives what one softmax over both sets gives.
+    The log-sum-exp merge of cascade inference (FlashInfer). All parts at once, each with its weight relative to the
+    largest and one normalisation: merged one after another, every part would add the rounding of a log-sum-exp.
 
     Args:
-        result: [..., T, Dv] and its ``lse`` [..., T]; the latter -inf where nothing was seen yet.
-        other: the same over other tokens.
+        parts: each the rows it is for (an index for dimension 0, None for all), the result [count, H, T, Dv] and its
+            log-sum-exp [count, H, T], at least float32. Every row is in at least one; a part of all rows comes first
+            if there is one.
+        rows: rows of the whole, B.
+
+    Returns:
+        [B, H, T, Dv], at least float32.
     """
-    share = torch.sigmoid(other_lse - lse).unsqueeze(-1)
-    merged = torch.lerp(result.to(share.dtype), other.to(share.dtype), share).to(result.dtype)
-    return merged, torch.logaddexp(lse, other_lse)
+    chosen, result, lse = parts[0]
+    if len(parts) == 1 and chosen is None:
+        return result
+    if all(part[0] is None for part in parts):
+        sums = torch.stack([part[2] for part in parts])
+    else:
+        sums = lse.new_full((len(parts), rows, *lse.shape[1:]), float("-inf"))
+        for whole, part in zip(sums, parts, strict=True):
+            whole[slice(None) if part[0] is None else part[0]] = part[2]
+    weights = torch.softmax(sums, 0).unsqueeze(-1)
+    if chosen is None:
+        merged, parts, weights = weights[0] * result, parts[1:], weights[1:]
+    else:
+        merged = weights.new_zeros(rows, *result.shape[1:])
+    for (chosen, result, _), weight in zip(parts, weights, strict=True):
+        if chosen is None:
+            merged.addcmul_(weight, result.to(merged.dtype))
+        else:
+            merged[chosen] += weight[chosen] * result
+    return merged
 
 
 def _softmax(scores: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 An extent that several rows share is one call for all of them, their queries stacked (the cascade of Hydragen and
 FlashInfer, found from the block tables). Rows whose own extents are of one size and equally spaced are one strided
-view. What is left are extents of single rows; where there are many short ones, they are copied together first.
+view. Where many short extents are left, those of the same rows are copied together first, and those of single rows.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from kvcache_core.extents import SharedExtent, shared_extents
-from kvcache_torch.kernels import attend_with_lse, merge
+from kvcache_torch.kernels import Part, attend_with_lse, merge
 
 __all__ = ["Read", "attend_reads", "plan_reads"]
 
@@ -23,7 +24,7 @@ _SHORT = 256
 """Tokens from which on an extent keeps a view of its own. Not measured yet: `python tests/bench/torch_gather.py`."""
 
 _MANY = 4
-"""So many short extents of single rows are copied together; fewer are read as views."""
+"""So many short extents are read as views; more are copied together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,24 +101,11 @@ def attend_reads(
     Returns:
         [B, Hq, T, Dv].
     """
-    exact = torch.promote_types(q.dtype, torch.float32)  # sums of half precision are kept in float32
-    if new is not None:
-        new = new[0].to(exact), new[1].to(exact)
-    elif reads[0].rows is not None:
-        shape = q.shape[:3]
-        new = q.new_zeros(*shape, values.shape[2], dtype=exact), q.new_full(shape, float("-inf"), dtype=exact)
-    for read in reads:
-        part = read.attend(q, keys, values, scale)
-        if new is None:
-            new = part
-        elif read.rows is None:
-            new = merge(*new, *part)
-        else:
-            for whole, merged in zip(new, merge(new[0][read.rows], new[1][read.rows], *part), strict=True):
-                whole[read.rows] = merged
-    if new is None:
+    parts: list[Part] = [] if new is None else [(None, *new)]
+    parts += [(read.rows, *read.attend(q, keys, values, scale)) for read in reads]
+    if not parts:
         raise ValueError("a step without tokens")
-    return new[0].to(q.dtype)
+    return merge(parts, len(q)).to(q.dtype)
 
 
 def plan_reads(per_row: Sequence[Sequence[tuple[int, int, int]]], device: torch.device) -> list[Read]:
@@ -129,23 +117,32 @@ def plan_reads(per_row: Sequence[Sequence[tuple[int, int, int]]], device: torch.
     """
     rows = len(per_row)
     pieces = shared_extents(per_row)
-    own = [piece for piece in pieces if len(piece.rows) == 1]
-    runs = list(_equally_spaced(own))
-    short = [run for run in runs if run[0].size < _SHORT]
-    if len(short) > _MANY:
-        runs = [run for run in runs if run[0].size >= _SHORT]
-    reads = [
-        Read(_index(piece.rows, rows, device), len(piece.rows), True, piece.slot, piece.size)
-        for piece in pieces
-        if len(piece.rows) > 1
-    ]
+    # A shared piece is a run of its own; pieces of single rows come in runs at equal distances.
+    runs = [[piece] for piece in pieces if len(piece.rows) > 1]
+    runs += _equally_spaced(piece for piece in pieces if len(piece.rows) == 1)
+    many_short = sum(run[0].size < _SHORT for run in runs) > _MANY
+    viewed: list[list[SharedExtent]] = []
+    together: dict[tuple[int, ...], list[list[SharedExtent]]] = defaultdict(list)
     for run in runs:
-        index = _index([piece.rows[0] for piece in run], rows, device)
-        stride = run[1].slot - run[0].slot if len(run) > 1 else 0
-        reads.append(Read(index, len(run), False, run[0].slot, run[0].size, stride))
-    if len(short) > _MANY:
-        reads.append(_gathered([piece for run in short for piece in run], rows, device))
+        if many_short and run[0].size < _SHORT:
+            readers = run[0].rows
+            together[readers if len(readers) > 1 else ()].append(run)
+        else:
+            viewed.append(run)
+    reads = [_viewed(run, rows, device) for run in viewed]
+    reads += [
+        _viewed(alike[0], rows, device) if len(alike) == 1 else _gathered(chain(*alike), rows, device)
+        for alike in together.values()
+    ]
     return sorted(reads, key=lambda read: read.rows is not None)
+
+
+def _viewed(run: Sequence[SharedExtent], rows: int, device: torch.device) -> Read:
+    """A read of the pool where it lies: one piece that rows share, or pieces of single rows at equal distances."""
+    first, shared = run[0], len(run[0].rows) > 1
+    readers = first.rows if shared else [piece.rows[0] for piece in run]
+    stride = run[1].slot - first.slot if len(run) > 1 else 0
+    return Read(_index(readers, rows, device), len(readers), shared, first.slot, first.size, stride)
 
 
 def _equally_spaced(pieces: Iterable[SharedExtent]) -> Iterable[list[SharedExtent]]:
@@ -165,21 +162,23 @@ def _equally_spaced(pieces: Iterable[SharedExtent]) -> Iterable[list[SharedExten
 
 
 def _gathered(pieces: Iterable[SharedExtent], rows: int, device: torch.device) -> Read:
-    """One read that copies many short pieces of single rows together."""
-    slots: dict[int, list[int]] = defaultdict(list)
+    """One read that copies short pieces together: all of the same rows, or each of a single row."""
+    slots: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for piece in pieces:
-        slots[piece.rows[0]].extend(range(piece.slot, piece.slot + piece.size))
+        slots[piece.rows].extend(range(piece.slot, piece.slot + piece.size))
     readers = sorted(slots)
     size = max(map(len, slots.values()))
     # Padding repeats a slot of the row's own: what it holds is a number, and masked.
-    index = torch.tensor([slots[row] + slots[row][:1] * (size - len(slots[row])) for row in readers], device=device)
-    lengths = torch.tensor([len(slots[row]) for row in readers], device=device)
+    index = torch.tensor([slots[one] + slots[one][:1] * (size - len(slots[one])) for one in readers], device=device)
+    lengths = torch.tensor([len(slots[one]) for one in readers], device=device)
     padding = (torch.arange(size, device=device) >= lengths[:, None])[:, None, None]
+    shared = len(readers[0]) > 1
+    readers = list(readers[0]) if shared else [row for (row,) in readers]
     ragged = bool((lengths < size).any())
     return Read(
         _index(readers, rows, device),
         len(readers),
-        False,
+        shared,
         0,
         size,
         index=index.reshape(-1),

@@ -118,9 +118,10 @@ class TorchBackend:
             self.decoder.fail = None
         return logits.double().cpu().numpy()
 
-    def uncached(self, tokens: list[int]) -> np.ndarray:
+    def uncached(self, tokens: list[int], weights: Weights) -> np.ndarray:
+        decoder = RandomDecoder(self.decoder.config, weights).eval().to(self.device)
         with torch.no_grad():
-            return self.decoder(torch.tensor([tokens], device=self.device))[0].double().cpu().numpy()
+            return decoder(torch.tensor([tokens], device=self.device))[0].double().cpu().numpy()
 
     def resize(self, num_blocks: int) -> None:
         self.cache.resize(num_blocks)
