@@ -1,44 +1,28 @@
-"""What the adapters' caches share: ``with cache:``, transactions, housekeeping and statistics.
+"""What both adapters' ``KVCache`` are: serving (:mod:`~kvcache_core.serving`), and housekeeping and statistics.
 
 An adapter subclasses :class:`FrontendCache` and supplies the tensors; nothing here knows a framework.
 """
 
 from __future__ import annotations
 
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from kvcache_core.activation import ActivationSite, Bypassed
 from kvcache_core.analysis import Advice
-from kvcache_core.errors import CacheFull, InvalidInput, KVCacheWarning
-from kvcache_core.plan import StepPlan
-from kvcache_core.sequence import Sequence as CachedSequence
+from kvcache_core.errors import InvalidInput
+from kvcache_core.serving import Call, Serving
 from kvcache_core.sizes import parse_memory
 from kvcache_core.stats import CacheStats
 from kvcache_core.stepping import PREFILL_CHUNK
 from kvcache_core.tiercosts import TierStats
-from kvcache_core.types import TokenIds
-from kvcache_core.warmstart import WarmStart
 
 __all__ = ["Call", "FrontendCache", "parse_memory"]
 
 
-@dataclass(slots=True)
-class Call:
-    """One ``model(x)`` under way inside ``with cache:``: its rows as sequences, and their step."""
-
-    seqs: list[CachedSequence]
-    plan: StepPlan
-    lengths: list[int]
-
-
-class FrontendCache(WarmStart):
+class FrontendCache(Serving):
     """The base of both adapters' ``KVCache``.
 
     Args:
@@ -65,125 +49,6 @@ class FrontendCache(WarmStart):
             tier.
         TierError: a tier cannot be opened or reached.
     """
-
-    # ---- sequences and steps -------------------------------------------------------------------
-
-    def open(self, token_ids: TokenIds, *, max_new_tokens: int = 0) -> CachedSequence:
-        """Start a sequence with whatever head of ``token_ids`` is cached; step the rest.
-
-        Raises:
-            InvalidInput: no tokens, or ids that are no integers or outside the vocabulary.
-        """
-        self.refresh()
-        return self.open_fresh(token_ids, max_new_tokens)
-
-    def open_fresh(self, token_ids: TokenIds, max_new_tokens: int = 0) -> CachedSequence:
-        """:meth:`open` for a caller that has just called :meth:`refresh`."""
-        self.check_vocabulary(token_ids)
-        return self._open(token_ids, max_new_tokens=max_new_tokens)
-
-    def _open(self, token_ids: TokenIds, **options: Any) -> CachedSequence:
-        """Open a sequence in the core; what the tiers hold behind its match comes up."""
-        core = self.core
-        seq = core.open(token_ids, self.salt, **options)
-        if self._tiers is not None and core.layout is not None and self._identified is not None:
-            self._tiers.serve(core.layout, seq.namespace, self._identified[1], self.salt)
-            try:
-                self._tiers.promote(seq)
-            except BaseException:
-                seq.close()
-                raise
-        return seq
-
-    @contextmanager
-    def transaction(self, seqs: Sequence[CachedSequence], token_ids: Sequence[TokenIds]) -> Iterator[StepPlan]:
-        """Plan a step; commit it when the block ends, roll it back when the block raises."""
-        core = self.core
-        plan = core.plan(seqs, token_ids)
-        started = time.perf_counter()
-        try:
-            yield plan
-        except BaseException:
-            core.rollback(plan)
-            raise
-        core.commit(plan)
-        self._computed(plan, started)
-
-    def _computed(self, plan: StepPlan, started: float) -> None:
-        """Tell the tiers what computing costs."""
-        if self._tiers is not None:
-            seconds = time.perf_counter() - started
-            self._tiers.computed(int(plan.counts.sum()), int(plan.counts.max()), seconds)
-
-    @contextmanager
-    def call(self, rows: Sequence[TokenIds], extra_keys: Sequence[bytes] | None = None) -> Iterator[Call | None]:
-        """One ``model(x)``: open every row, plan what is missing, and publish it when the block ends.
-
-        ``extra_keys``: per row, what besides the token ids its state depends on.
-
-        Yields None when there is no room: the caller then computes as outside.
-        """
-        core = self.core
-        outputs = self.outputs == "all"
-        seqs: list[CachedSequence] = []
-        try:
-            for at, row in enumerate(rows):
-                extra = None if extra_keys is None else {0: extra_keys[at]}
-                seqs.append(self._open(row, outputs=outputs, extra_keys=extra))
-            lengths = [len(row) for row in rows]
-            try:
-                plan = core.plan(seqs, [row[seq.num_cached :] for row, seq in zip(rows, seqs, strict=True)])
-            except CacheFull as full:
-                self.bypass(sum(lengths), f"the cache has no room for it ({full})")
-                yield None
-                return
-            started = time.perf_counter()
-            try:
-                yield Call(seqs, plan, lengths)
-            except BaseException:
-                core.rollback(plan)
-                raise
-            core.commit(plan)
-            self._computed(plan, started)
-            if outputs:
-                self._saved_output_tokens += sum(seq.num_cached for seq in seqs)
-        finally:
-            for seq in seqs:
-                core.close(seq)
-
-    def bypass(self, tokens: int, reason: str, *, warn: bool = True) -> None:
-        """Count a call that is computed as outside, and say so once per reason."""
-        self._bypassed_calls += 1
-        self._bypassed_tokens += tokens
-        kind = reason.split("(", 1)[0].strip()
-        self._bypass_reasons[kind] += 1
-        if warn and kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(f"computed without the cache: {reason}", KVCacheWarning, stacklevel=3)
-
-    def check_vocabulary(self, token_ids: TokenIds) -> None:
-        """Raise InvalidInput for ids that the model's embedding does not have."""
-        self._prepare()
-        vocab = self.spec.vocab_size if self.spec else None
-        if vocab is None or not len(token_ids):
-            return
-        try:
-            largest = max(token_ids)
-            too_large = bool(largest >= vocab)
-        except (TypeError, ValueError):
-            return  # no numbers in one row: opening or stepping says so
-        if too_large:
-            raise InvalidInput(f"token ids must be 0 .. {vocab - 1} for this model, got {largest}")
-
-    # ---- housekeeping --------------------------------------------------------------------------
-
-    def serve(self, site: ActivationSite, original: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, bool]:
-        """``module(*args, **kwargs)`` from its activations; or (what is known of it, False): compute it as outside."""
-        try:
-            return site.serve(original, args, kwargs), True
-        except Bypassed as bypassed:
-            self.bypass(0, bypassed.reason, warn=not bypassed.expected)
-            return bypassed.output, False
 
     def warm(self, prompts: Sequence[Any]) -> int:
         """Compute prompts before traffic comes; returns how many tokens were not cached yet.
