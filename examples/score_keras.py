@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # must stand before Keras is imported
@@ -11,25 +10,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import llama_keras
 from kvcache_keras import KVCache, score
 from score_questions import QUESTIONS
-from score_run import Outcome, compare, in_batches, show
+from score_run import Outcome, questions_wanted, run
 from smollm2 import load_checkpoint
 
 
 def main(questions: int = len(QUESTIONS)) -> Outcome:
-    """With a cache, and with everything computed in full, eight pairs at a time."""
+    """Score the first so many questions with a cache and without."""
     checkpoint = load_checkpoint()
     model, cache = llama_keras.from_checkpoint(checkpoint), KVCache(size=2048)
-    outcome = compare(
-        checkpoint,
-        lambda pairs: score(model, pairs, cache=cache),
-        in_batches(lambda pairs: score(model, pairs), 8),
-        questions,
-    )
-    show(outcome, "Keras")
-    return outcome
+    return run("Keras", checkpoint, score, model, cache, questions)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--questions", type=int, default=len(QUESTIONS), help="only the first so many")
-    main(parser.parse_args().questions)
+    main(questions_wanted(__doc__))

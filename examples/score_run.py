@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,24 @@ def pairs_of(checkpoint: Checkpoint, count: int) -> list[Pair]:
         prompt = list(encode(f"{shots}Question: {question}\nAnswer:").ids)
         pairs += [(prompt, list(encode(f" {answer}").ids)) for answer in answers]
     return pairs
+
+
+def run(
+    name: str, checkpoint: Checkpoint, score: Callable[..., list[Any]], model: Any, cache: Any, count: int
+) -> Outcome:
+    """With a cache, and with everything computed in full, eight pairs at a time; ``score`` is either adapter's."""
+    full = in_batches(lambda pairs: score(model, pairs), 8)
+    outcome = compare(checkpoint, lambda pairs: score(model, pairs, cache=cache), full, count)
+    show(outcome, name)
+    return outcome
+
+
+def questions_wanted(description: str | None) -> int:
+    """From the command line: how many questions."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--questions", type=int, default=len(QUESTIONS), help="only the first so many")
+    wanted: int = parser.parse_args().questions
+    return wanted
 
 
 def compare(checkpoint: Checkpoint, cached: Scorer, full: Scorer, count: int) -> Outcome:

@@ -63,6 +63,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("generation",),
     ("beam",),
     ("scoring",),
+    ("generating",),
     ("testing_bound",),
     ("testing_runs",),
     ("testing",),
