@@ -3,11 +3,11 @@
 A test suite for a framework writes a *backend* (four names) and gets the decoders, the actions and the checks::
 
     from hypothesis import given
-    from tests.reference_decoder import Driver, decoder_configs, make_weights, scripts
+    from tests.reference_decoder import Driver, decoder_configs, scripts
 
     @given(decoder_configs(), scripts())
     def test_cached_equals_recompute(config, script):
-        driver = Driver(config, MyBackend(config, make_weights(config), script.num_blocks))
+        driver = Driver(config, lambda weights: MyBackend(config, weights, script.num_blocks))
         driver.run(script)      # raises AssertionError: wrong numbers, lost state, invalid bookkeeping
         driver.report()         # hypothesis events; driver.counts says what the script really met
 
@@ -17,8 +17,7 @@ A backend has (see :class:`Backend`; :class:`NumpyBackend` is a whole one in 50 
     backend.step(seqs, token_lists, fail=None)  # plan, run, commit; logits [B, T, V] padded on the right, as
                                                 # numpy, or [B, V] (behind each row's last token only).
                                                 # When anything raises: roll back and let it out.
-    backend.uncached(tokens, weights)           # the same model without the cache, with these weights: [T, V] for
-                                                # one list of ids
+    backend.uncached(tokens)                    # the same model without the cache: [T, V] for one list of ids
     backend.resize(num_blocks)                  # core.resize and the store's part
 
 ``fail=layer`` asks for an exception inside the step: raise ``InjectedFault`` when layer ``layer`` has written
@@ -47,10 +46,11 @@ are float32 arrays whose values bfloat16 holds exactly.
 
 The bound (invariant 1): over all outputs of a script, the error against a wide reference is no larger than
 the uncached run's own error times 1.5 plus one ulp of the dtype at the magnitude of the outputs.
-The reference is float64 or wider: numpy's longdouble. One run's own error is one draw of its rounding; for a
-few outputs it can be small by luck. So where the bound is passed, the backend's own uncached model is run again
-with the hidden units permuted (same mathematics, other rounding) before the test fails. A wrong value is off by
-orders of magnitude more.
+The reference is float64 or wider: numpy's longdouble. The largest error of a few outputs is one draw of their
+rounding, on both sides; of equal models one is now and then twice the other's. So where the bound is passed, the
+script is run again with the hidden units permuted (same mathematics, other rounding), a dozen times, and the bound
+must hold between the means of all draws. That is no wider: a cache that rounds worse, by whatever little, does so in
+every draw, and a wrong value is off by orders of magnitude more.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from hypothesis import event
@@ -87,7 +87,6 @@ __all__ = [
 
 Weights = Mapping[str, Any]
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-FACTOR = 1.5
 REDRAWS = 12
 WIDER = bool(np.finfo(np.longdouble).eps < EPSILON["float64"])
 FLOAT64_FALLBACK_ULPS = 256
@@ -273,8 +272,8 @@ class Backend(Protocol):
     def step(self, seqs: list[CachedSequence], token_lists: list[list[int]], fail: int | None = None) -> np.ndarray:
         """Append tokens to each row: logits [B, T, V] padded on the right, or [B, V] behind the last tokens."""
 
-    def uncached(self, tokens: list[int], weights: Weights) -> np.ndarray:
-        """Logits [T, V] of the same model without the cache, with other weights of the same shapes."""
+    def uncached(self, tokens: list[int]) -> np.ndarray:
+        """Logits [T, V] of the same model without the cache."""
 
     def resize(self, num_blocks: int) -> None:
         """Change the capacity of core and store."""
@@ -315,8 +314,8 @@ class NumpyBackend:
         self.core.commit(plan)
         return logits
 
-    def uncached(self, tokens: list[int], weights: Weights) -> np.ndarray:
-        return run_uncached(self.config, weights, tokens, self.config.numpy_dtype)
+    def uncached(self, tokens: list[int]) -> np.ndarray:
+        return run_uncached(self.config, self.weights, tokens, self.config.numpy_dtype)
 
     def resize(self, num_blocks: int) -> None:
         results = self.core.resize(num_blocks)
@@ -424,30 +423,40 @@ class Record:
 
 @dataclass
 class Driver:
-    """Runs a script on a backend, keeps a plain account of every sequence, and checks all of it."""
+    """Runs a script on a backend, keeps a plain account of every sequence, and checks all of it.
+
+    Attributes:
+        make: a new backend for the model with these weights.
+        weights: those of ``config``.
+    """
 
     config: DecoderConfig
-    backend: Backend
-    factor: float = FACTOR
+    make: Callable[[Weights], Backend]
     max_open: int = 6
+    weights: Weights = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     running: list[Running] = field(default_factory=list)
     history: list[list[int]] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.weights = self.weights or make_weights(self.config)
+        self.backend = self.make(self.weights)
+
     def run(self, script: Script) -> None:
         """Do every action, then compare every output with full computation."""
+        self.play(script)
+        if self.records:
+            self.check_outputs(script)
+
+    def play(self, script: Script) -> None:
+        """Do every action; close what is open; nothing may stay live."""
         for action in script.actions:
             getattr(self, f"_{action[0]}")(*action[1:])
             self.counts[action[0]] += 1
             self.backend.core.check_valid()
             for one in self.running:
                 assert one.seq.tokens == one.tokens, (action, one.seq.tokens, one.tokens)
-        self.finish()
-
-    def finish(self) -> None:
-        """Compare all outputs so far; close what is open; nothing may stay live."""
-        self.check_outputs()
         while self.running:
             self._close(0)
         self.backend.core.check_valid()
@@ -583,44 +592,51 @@ class Driver:
 
     # ---- numbers ---------------------------------------------------------------------------------------
 
-    def check_outputs(self) -> None:
-        """Invariant 1 over every output recorded so far."""
-        if not self.records:
-            return
+    def check_outputs(self, script: Script) -> None:
+        """Invariant 1 over every output of the script."""
+        draws = [self._errors()]
+        if not draws[0].holds:
+            for number in range(REDRAWS):
+                again = Driver(self.config, self.make, self.max_open, _permuted(self.config, self.weights, number))
+                again.play(script)
+                draws.append(again._errors())
+        mean = Errors(*(float(np.mean(numbers)) for numbers in zip(*draws, strict=True)))
+        assert mean.holds, f"cached error above 1.5 x uncached + 1 ulp: {draws[0]}; over {len(draws)} draws {mean}"
+        self.counts["outputs compared"] += len(self.records)
+        self.counts["bound passed in one draw"] += len(draws) > 1
+
+    def _errors(self) -> Errors:
         weights = make_weights(self.config)
         longest = _longest({record.tokens for record in self.records})
-        mine = [self._uncached(full, weights) for full in longest]
+        mine = [np.asarray(self.backend.uncached(list(full))).astype(np.longdouble) for full in longest]
         wide = WIDER or self.config.dtype != "float64"
         exact = [run_uncached(self.config, weights, full, np.longdouble) for full in longest] if wide else mine
         magnitude = max(float(np.abs(one).max()) for one in exact)
-        cached_error, worst = self._cached_error(longest, exact)
         ulps = 1 if wide else FLOAT64_FALLBACK_ULPS
-        slack = ulps * ulp(self.config.dtype, magnitude)
-        own_error = max(_error(one, true) for one, true in zip(mine, exact, strict=True))
-        for draw in range(REDRAWS):
-            if cached_error <= self.factor * own_error + slack:
-                break
-            shuffled = _permuted(self.config, weights, draw)
-            again = [_error(self._uncached(full, shuffled), true) for full, true in zip(longest, exact, strict=True)]
-            own_error = max(own_error, *again)
-        bound = self.factor * own_error + slack
-        assert cached_error <= bound, (
-            f"cached error {cached_error:.3g} > {bound:.3g} (uncached {own_error:.3g}), worst at {worst}"
-        )
-        self.counts["outputs compared"] += len(self.records)
+        own = max(_error(one, true) for one, true in zip(mine, exact, strict=True))
+        return Errors(self._cached_error(longest, exact), own, ulps * ulp(self.config.dtype, magnitude))
 
-    def _uncached(self, tokens: tuple[int, ...], weights: Weights) -> np.ndarray:
-        return np.asarray(self.backend.uncached(list(tokens), weights)).astype(np.longdouble)
+    def _cached_error(self, longest: list[tuple[int, ...]], exact: list[np.ndarray]) -> float:
+        errors = [
+            _error(record.logits, true[record.start : len(record.tokens)])
+            for full, true in zip(longest, exact, strict=True)
+            for record in self.records
+            if full[: len(record.tokens)] == record.tokens
+        ]
+        return float(np.max(errors))  # of numbers with a NaN: NaN
 
-    def _cached_error(self, longest: list[tuple[int, ...]], exact: list[np.ndarray]) -> tuple[float, Record | None]:
-        largest, worst = 0.0, None
-        for full, true in zip(longest, exact, strict=True):
-            for record in self.records:
-                if full[: len(record.tokens)] == record.tokens:
-                    error = _error(record.logits, true[record.start : len(record.tokens)])
-                    if not error <= largest:  # also NaN
-                        largest, worst = error, record
-        return largest, worst
+
+class Errors(NamedTuple):
+    """The largest errors of a script's outputs."""
+
+    cached: float
+    uncached: float
+    ulp: float
+
+    @property
+    def holds(self) -> bool:
+        """Invariant 1; never of NaN."""
+        return self.cached <= 1.5 * self.uncached + self.ulp
 
 
 def _error(values: np.ndarray, exact: np.ndarray) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +14,6 @@ from tests.reference_decoder import (
     NumpyBackend,
     Script,
     decoder_configs,
-    make_weights,
     scripts,
 )
 
@@ -23,7 +23,7 @@ LONG = settings(max_examples=1500, deadline=None, suppress_health_check=[HealthC
 
 
 def _run(config, script, met: Counter[str], **options) -> None:
-    driver = Driver(config, NumpyBackend(config, make_weights(config), script.num_blocks), **options)
+    driver = Driver(config, lambda weights: NumpyBackend(config, weights, script.num_blocks), **options)
     driver.run(script)
     driver.report()
     met.update(driver.counts)
@@ -112,6 +112,6 @@ def test_a_wrong_store_is_noticed():
     )
     for seed in range(4):
         config = DecoderConfig(seed=seed)
-        Driver(config, NumpyBackend(config, make_weights(config), 16)).run(script)
+        Driver(config, partial(NumpyBackend, config, num_blocks=16)).run(script)
         with pytest.raises(AssertionError, match="cached error"):
-            Driver(config, Broken(config, make_weights(config), 16)).run(script)
+            Driver(config, partial(Broken, config, num_blocks=16)).run(script)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,13 +22,16 @@ def test_random_scripts_with_little_room(framework, data):
     """Forks, truncations, faults and resizes over a pool that loses blocks all the time."""
     config = data.draw(decoder_configs(max_layers=3))
     script = data.draw(scripts(max_blocks=10, max_actions=20))
-    backend = tiered(framework, config, make_weights(config), script.num_blocks, [RamTier(1 << 24)])
-    try:
-        driver = Driver(config, backend)
+    with ExitStack() as opened:
+
+        def make(weights):
+            backend = tiered(framework, config, weights, script.num_blocks, [RamTier(1 << 24)])
+            opened.callback(backend.cache.close)
+            return backend
+
+        driver = Driver(config, make)
         driver.run(script)
         driver.report()
-    finally:
-        backend.cache.close()
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

@@ -100,8 +100,8 @@ class KerasBackend:
         finally:
             self.model.fail = None
 
-    def uncached(self, tokens: list[int], weights: Weights) -> np.ndarray:
-        logits = Decoder(self.model.config, weights)(tf.constant([tokens]))[0]
+    def uncached(self, tokens: list[int]) -> np.ndarray:
+        logits = self.model(tf.constant([tokens]))[0]
         return tf.cast(logits, tf.float32).numpy() if logits.dtype == tf.bfloat16 else logits.numpy()
 
     def resize(self, num_blocks: int) -> None:

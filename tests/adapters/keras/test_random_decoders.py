@@ -9,7 +9,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 
 from tests.adapters.keras.models import KerasBackend
-from tests.reference_decoder import DecoderConfig, Driver, Script, decoder_configs, make_weights, scripts
+from tests.reference_decoder import DecoderConfig, Driver, Script, decoder_configs, scripts
 
 HEADS = (4, 8, 16, 64)
 
@@ -22,7 +22,7 @@ def eager() -> Iterator[None]:
 
 
 def check(config: DecoderConfig, script: Script) -> None:
-    driver = Driver(config, KerasBackend(config, make_weights(config), script.num_blocks))
+    driver = Driver(config, lambda weights: KerasBackend(config, weights, script.num_blocks))
     driver.run(script)
     driver.report()
 

@@ -118,10 +118,9 @@ class TorchBackend:
             self.decoder.fail = None
         return logits.double().cpu().numpy()
 
-    def uncached(self, tokens: list[int], weights: Weights) -> np.ndarray:
-        decoder = RandomDecoder(self.decoder.config, weights).eval().to(self.device)
+    def uncached(self, tokens: list[int]) -> np.ndarray:
         with torch.no_grad():
-            return decoder(torch.tensor([tokens], device=self.device))[0].double().cpu().numpy()
+            return self.decoder(torch.tensor([tokens], device=self.device))[0].double().cpu().numpy()
 
     def resize(self, num_blocks: int) -> None:
         self.cache.resize(num_blocks)

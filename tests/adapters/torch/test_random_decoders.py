@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.adapters.torch.models import TorchBackend
-from tests.reference_decoder import DecoderConfig, Driver, Script, decoder_configs, make_weights, scripts
+from tests.reference_decoder import DecoderConfig, Driver, Script, decoder_configs, scripts
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CONTEXTS = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad}
 
 
 def run(config: DecoderConfig, script: Script, **options: Any) -> Driver:
-    driver = Driver(config, TorchBackend(config, make_weights(config), script.num_blocks, **options))
+    driver = Driver(config, lambda weights: TorchBackend(config, weights, script.num_blocks, **options))
     driver.run(script)
     return driver
 
