@@ -195,47 +195,51 @@ def recording(model: nn.Module, recorder: Any) -> Iterator[None]:
 
 
 class AttachedForward:
-    """Stands in for a module's ``forward`` while it is attached. Copies and pickles as the plain forward.
+    """Stands in for a module's ``forward`` while it is attached. Copies and pickles as the plain one.
+
+    A subclass does the same for the method it names.
 
     Args:
         module: the module.
         enter: called as ``enter(original, args, kwargs)`` instead of the module's own forward.
     """
 
+    name = "forward"
+
     def __init__(self, module: nn.Module, enter: Callable[..., Any]) -> None:
         self.module = module
         self.enter = enter
-        self.original = module.forward
-        self.was_own_attribute = "forward" in vars(module)
+        self.original = getattr(module, self.name)
+        self.was_own_attribute = self.name in vars(module)
         self.__wrapped__ = self.original  # who asks for the signature gets the module's own
 
     @classmethod
     def install(cls, module: nn.Module, enter: Callable[..., Any]) -> None:
         """Put one in place of the module's forward."""
-        module.forward = cls(module, enter)
+        setattr(module, cls.name, cls(module, enter))
 
-    @staticmethod
-    def uninstall(module: nn.Module) -> None:
+    @classmethod
+    def uninstall(cls, module: nn.Module) -> None:
         """Undo :meth:`install`."""
-        attached = module.forward
+        attached = getattr(module, cls.name)
         if attached.was_own_attribute:
-            module.forward = attached.original
+            setattr(module, cls.name, attached.original)
         else:
-            del module.forward
+            delattr(module, cls.name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module does when it is called."""
         return self.enter(self.original, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _class_forward(memo[id(self.module)])
+        return _class_method(memo[id(self.module)], self.name)
 
     def __reduce__(self) -> Any:
-        return _class_forward, (self.module,)
+        return _class_method, (self.module, self.name)
 
 
-def _class_forward(model: nn.Module) -> Callable[..., Any]:
-    return types.MethodType(type(model).forward, model)
+def _class_method(model: nn.Module, name: str) -> Callable[..., Any]:
+    return types.MethodType(getattr(type(model), name), model)
 
 
 def plain_forward(model: nn.Module) -> Callable[..., Any]:

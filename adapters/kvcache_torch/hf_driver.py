@@ -19,6 +19,7 @@ from kvcache_torch.hf import HFCache, Refused, close_abandoned
 from kvcache_torch.hf_calls import named, reason_to_refuse, wants_gradient, with_mask
 from kvcache_torch.hf_cross import Source, digests_of
 from kvcache_torch.hf_decoder import HFDecoder
+from kvcache_torch.hf_ended import AttachedCriteria, without_ended
 from kvcache_torch.hf_pass import Pass
 from kvcache_torch.hf_rows import Columns, columns_of, shifts_of
 from kvcache_torch.hf_step import state
@@ -54,12 +55,14 @@ class HFDriver(HFDecoder):
         AttachedForward.install(self.model, self.enter)
         if self.decoder is not self.model:
             AttachedForward.install(self.decoder, self.enter_decoder)
+        AttachedCriteria.listen(self.model)
 
     def uninstall(self) -> None:
         """Give back exactly the model that was attached."""
         if self.decoder is not self.model:
             AttachedForward.uninstall(self.decoder)
         AttachedForward.uninstall(self.model)
+        AttachedCriteria.stop(self.model)
 
     # ---- calls of the model --------------------------------------------------------------------
 
@@ -124,6 +127,7 @@ class HFDriver(HFDecoder):
         state.request = None
         past = request.past
         columns = columns_of(arguments["input_ids"], arguments.get("attention_mask"), past.ids, past.valid)
+        columns = without_ended(columns, past.valid)
         given = arguments.get("position_ids")
         shifts = shifts_of(columns, given, past.shifts, from_mask=self.positions_from_mask)
         if shifts is None:

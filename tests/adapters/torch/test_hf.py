@@ -275,3 +275,108 @@ def test_a_crop_behind_a_window_whose_tokens_are_evicted(ids: torch.Tensor) -> N
         cached = model(more, cache=kept, position_ids=torch.full((2, 1), 18)).logits
         plain = model(torch.cat([ids, ids[:, :3], more], dim=1)).logits[:, -1:]
     assert torch.allclose(cached, plain, atol=1e-5)
+
+
+# ---- rows that end before others ----------------------------------------------------------------------------------
+
+
+def ending(model: Any, ids: torch.Tensor, **options: Any) -> tuple[int, list[int]]:
+    """An end token that stops the rows at different steps, and how many new tokens each row then has."""
+    free = model.generate(ids, **options)[:, ids.shape[1] :].tolist()
+    for token in free[0]:
+        counts = [row.index(token) + 1 if token in row else len(row) for row in free]
+        if min(counts) < max(counts) - 1:
+            return token, counts
+    raise AssertionError(f"no token stops the rows at different steps: {free}")
+
+
+@pytest.mark.parametrize("pad", ["another token", "the end token"])
+@pytest.mark.parametrize("mode", ["kept", "with"])
+def test_padding_behind_a_row_that_ended_is_not_stored(model: Any, cache: KVCache, pad: str, mode: str) -> None:
+    ids = torch.randint(1, VOCAB, (3, 15), generator=torch.Generator().manual_seed(3))
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    end, counts = ending(model, ids, **options)
+    options |= {"eos_token_id": end, "pad_token_id": end if pad == "the end token" else 0}
+    plain = model.generate(ids, **options)
+    assert plain.shape[1] == 15 + max(counts)
+    kept = HFCache(cache)
+    if mode == "kept":
+        out = model.generate(ids, **options, past_key_values=kept)
+        assert [row.length for row in kept.rows] == [15 + min(count, max(counts) - 1) for count in counts]
+        assert cache.stats().live_blocks <= sum(-(-row.length // 4) for row in kept.rows)
+        kept.reset()
+    else:
+        with cache:
+            out = model.generate(ids, **options)
+    assert torch.equal(out, plain)
+    for row, count in zip(plain.tolist(), counts, strict=True):
+        stored = 15 + min(count, max(counts) - 1)  # the last step's token is chosen and not computed
+        assert cache.core.cached_length([*row[:stored], *[options["pad_token_id"]] * 9]) == stored
+    cache.core.check_valid()
+
+
+def test_a_turn_behind_rows_that_ended_computes_the_turn_alone(model: Any, cache: KVCache) -> None:
+    ids = torch.randint(1, VOCAB, (3, 15), generator=torch.Generator().manual_seed(3))
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    end, counts = ending(model, ids, **options)
+    kept = HFCache(cache)
+    out = model.generate(ids, **options, eos_token_id=end, past_key_values=kept)
+    real = torch.arange(out.shape[1])[None] < 15 + torch.tensor(counts)[:, None]
+    turn = torch.cat([out, ids[:, :4]], dim=1)
+    mask = torch.cat([real, torch.ones(3, 4, dtype=torch.bool)], dim=1).long()
+    before = cache.stats()
+    new = model.generate(turn, attention_mask=mask, max_new_tokens=5, do_sample=False, past_key_values=kept)
+    # The kept rows went on: none was looked up and opened anew.
+    assert (cache.stats().hit_tokens, cache.stats().miss_tokens) == (before.hit_tokens, before.miss_tokens)
+    for row in range(3):
+        alone = model.generate(turn[row][mask[row].bool()][None], max_new_tokens=5, do_sample=False)
+        assert torch.equal(new[row, turn.shape[1] :], alone[0, -5:])
+
+
+@pytest.mark.parametrize("end", [None, 1])
+def test_rows_that_end_by_a_criterion_of_the_callers_own(
+    model: Any, cache: KVCache, ids: torch.Tensor, end: int | None
+) -> None:
+    """Only with an end token does transformers pad such a row; without one it goes on with tokens of its own."""
+
+    class FirstRowAfterTwo(transformers.StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.tensor([input_ids.shape[1] >= 17, False])
+
+    criteria = transformers.StoppingCriteriaList([FirstRowAfterTwo()])
+    options = {"max_new_tokens": 8, "do_sample": False, "stopping_criteria": criteria, "eos_token_id": end}
+    plain = model.generate(ids, **options)
+    kept = HFCache(cache)
+    assert torch.equal(model.generate(ids, **options, past_key_values=kept), plain)
+    assert [row.length for row in kept.rows] == [22 if end is None else 17, 22]
+
+
+def test_a_call_of_ones_own_with_the_same_tokens_is_no_generate(model: Any, cache: KVCache, ids: torch.Tensor) -> None:
+    """What a generate has said of its rows holds for its own calls: the same tokens by hand are tokens."""
+    kept = HFCache(cache)
+    out = model.generate(ids, max_new_tokens=3, do_sample=False, past_key_values=kept)
+    with torch.no_grad():
+        by_hand = model(out[:, -1:], cache=kept, position_ids=torch.full((2, 1), out.shape[1] - 1)).logits
+        plain = model(out).logits[:, -1:]
+    assert torch.allclose(by_hand, plain, atol=1e-5)
+    assert [row.length for row in kept.rows] == [18, 18]
+
+
+def test_an_encoder_decoders_rows_end_too() -> None:
+    model = encoder_decoder("BART")
+    cache = KVCache(size=128, block_size=4)
+    cache.attach(model)
+    ids = torch.randint(2, VOCAB, (3, 11), generator=torch.Generator().manual_seed(0))
+
+    def sample(**more: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        result: torch.Tensor = model.generate(ids, max_new_tokens=10, do_sample=True, **more)
+        return result
+
+    free = sample(eos_token_id=None)[:, 1:].tolist()
+    end = next(token for token in free[0] if not any(token in row for row in free[1:]))
+    kept = HFCache(cache)
+    assert torch.equal(sample(eos_token_id=end, past_key_values=kept), sample(eos_token_id=end))
+    # The start token and those up to the end token; the last step's token is chosen and not computed.
+    assert [row.length for row in kept.rows] == [1 + min(free[0].index(end) + 1, 9), 10, 10]
+    assert kept.rows[0].length < 10
