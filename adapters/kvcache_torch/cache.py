@@ -24,9 +24,9 @@ from kvcache_torch.context import local
 from kvcache_torch.driver import AttachedForward, Driver, device_of, driver_of, evaluating, logits_of
 from kvcache_torch.fingerprint import Fingerprint, Parked
 from kvcache_torch.intercept import Extras
-from kvcache_torch.kernels import use_native
 from kvcache_torch.linear import pack_weights as pack
 from kvcache_torch.linear import unpack_weights as unpack
+from kvcache_torch.native import use_native
 from kvcache_torch.recompute import recompute, target_scores, widened
 from kvcache_torch.step import Step
 from kvcache_torch.store import TensorStore, stored_dtype_name, torch_dtype
@@ -142,14 +142,15 @@ class KVCache(FrontendCache):
         """Make decode steps of the attached model faster, at the price of compiling them once.
 
         Steps of one token per row then run through ``torch.compile``: one graph for a single row, one for any larger
-        number, each compiled at its first use. On a CPU, attention of few queries runs in a kernel that is compiled for
-        this machine and used by the whole process. Prompts and ``model(x)`` run as before. Where nothing can be
-        compiled (no C++ compiler on a CPU) a warning says so and steps run as before; models of transformers are not
-        compiled, only their attention uses the kernel. Call it again after attaching another model.
+        number, each compiled at its first use. On a CPU, attention of decode steps and
+        :func:`kvcache_torch.linear` of few rows run in kernels that are compiled for this machine and used by the whole
+        process. Prompts and ``model(x)`` run as before. Where nothing can be compiled (no C++ compiler on a CPU) a
+        warning says so and steps run as before; models of transformers are not compiled, only their attention uses the
+        kernel. Call it again after attaching another model.
 
         Args:
             pack_weights: on a CPU, also keep a copy of every float32 matrix in the order that is read fastest when
-                there are several rows (:func:`kvcache_torch.linear`): twice the memory for the weights.
+                there are more than eight rows (:func:`kvcache_torch.linear`): twice the memory for the weights.
 
         Raises:
             UsageError: no model is attached.

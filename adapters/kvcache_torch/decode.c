@@ -1,105 +1,138 @@
-/* Attention of few queries over many tokens, at the speed of memory: K and V are read once for all queries.
- * The tokens are cut into chunks for the threads; each chunk runs an online softmax (Milakov and Gimelshein) over tiles
- * that stay in the first-level cache, and the chunks are merged by their log-sum-exp (flash-decoding).
+/* One layer of a decode step, at the speed of memory: every row's new K and V are written, then each piece of K/V is
+ * read once for all rows that see it. A piece runs an online softmax (Milakov and Gimelshein) over tiles that stay in
+ * the first-level cache; a row's pieces are merged by their log-sum-exp (flash-decoding, and the cascade of FlashInfer
+ * and Hydragen for pieces that several rows share).
  *
- * q, out: [B, H, Q, D] contiguous; lse: [B, H, Q]; k, v: [B, H, S, D], tokens D apart, other strides in floats.
- * scratch: B * H * chunks * Q * (D + 2) floats. */
+ * q: [B, H * G, D]; k, v: the new tokens' [B, H, D]; keys, values: the pool [H, slots, D]; out: [B, H * G, D].
+ * A token's D floats are adjacent, other strides are given in floats.
+ * scratch: readers * H * G * (D + 2) floats. */
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #define TILE 64
-#define QUERIES 8 /* at most */
+#define QUERIES 8 /* at once */
+#define WIDEST 256
+
+typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
 
 /* Ask for memory that the next loop reads: K and V take turns, which the processor's own prefetching does not foresee. */
 static inline void fetch(const float *at, int64_t floats) {
     for (int64_t d = 0; d < floats; d += 16) __builtin_prefetch(at + d);
 }
 
-static void chunk(const float *q, const float *k, const float *v, float *partial, int64_t queries, int64_t size,
-                  int64_t width, float scale) {
+static inline float dot(const float *a, const float *b, int64_t width) {
+    vec sum = {0};
+    int64_t d = 0;
+    for (; d + 16 <= width; d += 16) sum += *(const vec *)(a + d) * *(const vec *)(b + d);
+    float result = 0.0f;
+    for (int i = 0; i < 16; i++) result += sum[i];
+    for (; d < width; d++) result += a[d] * b[d];
+    return result;
+}
+
+/* Up to QUERIES scaled queries [queries, width] over one head's K and V [size, width]. state[i]: largest score, sum of
+ * the weights, and the weighted sum of V. */
+static inline __attribute__((always_inline)) void attend(const float *q, const float *k, const float *v, float **state,
+                                                         int64_t queries, int64_t size, int64_t width) {
     float score[QUERIES][TILE];
     for (int64_t i = 0; i < queries; i++) {
-        float *state = partial + i * (width + 2);
-        state[0] = -1e30f;
-        for (int64_t d = 1; d < width + 2; d++) state[d] = 0.0f;
+        memset(state[i], 0, (width + 2) * sizeof(float));
+        state[i][0] = -1e30f;
     }
     for (int64_t first = 0; first < size; first += TILE) {
         const int64_t count = size - first < TILE ? size - first : TILE;
-        const float *keys = k + first * width, *values = v + first * width;
+        const float *keys = k + first * width, *tile = v + first * width;
         for (int64_t t = 0; t < count; t++) {
-            const float *key = keys + t * width;
-            fetch(values + t * width, width);
-            for (int64_t i = 0; i < queries; i++) {
-                const float *query = q + i * width;
-                float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t d = 0; d < width; d++) sum += query[d] * key[d];
-                score[i][t] = sum * scale;
-            }
+            fetch(tile + t * width, width);
+            for (int64_t i = 0; i < queries; i++) score[i][t] = dot(q + i * width, keys + t * width, width);
         }
         for (int64_t i = 0; i < queries; i++) {
-            float *state = partial + i * (width + 2), *result = state + 2;
-            float largest = state[0];
+            float *result = state[i] + 2, largest = state[i][0], total = 0.0f;
             for (int64_t t = 0; t < count; t++) largest = score[i][t] > largest ? score[i][t] : largest;
-            float total = 0.0f;
             for (int64_t t = 0; t < count; t++) {
                 score[i][t] = expf(score[i][t] - largest);
                 total += score[i][t];
             }
-            const float kept = expf(state[0] - largest);
-            state[0] = largest;
-            state[1] = state[1] * kept + total;
-            for (int64_t at = 0; at < width; at += 64) {
-                const int64_t part = width - at < 64 ? width - at : 64;
-                float sum[64];
-                for (int64_t d = 0; d < part; d++) sum[d] = result[at + d] * kept;
-                if (part == 64) {
-                    for (int64_t t = 0; t < count; t++) {
-                        const float weight = score[i][t];
-                        const float *value = values + t * width + at;
-                        if (i == 0) fetch(keys + (TILE + t) * width + at, 64);
-                        for (int64_t d = 0; d < 64; d++) sum[d] += weight * value[d];
-                    }
-                } else {
-                    for (int64_t t = 0; t < count; t++)
-                        for (int64_t d = 0; d < part; d++) sum[d] += score[i][t] * values[t * width + at + d];
+            const float kept = expf(state[i][0] - largest);
+            state[i][0] = largest;
+            state[i][1] = state[i][1] * kept + total;
+            int64_t at = 0;
+            for (; at + 64 <= width; at += 64) {
+                vec sum[4];
+                for (int d = 0; d < 4; d++) sum[d] = *(vec *)(result + at + 16 * d) * kept;
+                for (int64_t t = 0; t < count; t++) {
+                    const float *value = tile + t * width + at;
+                    if (i == 0) fetch(keys + (TILE + t) * width + at, 64);
+                    for (int d = 0; d < 4; d++) sum[d] += score[i][t] * *(const vec *)(value + 16 * d);
                 }
-                for (int64_t d = 0; d < part; d++) result[at + d] = sum[d];
+                for (int d = 0; d < 4; d++) *(vec *)(result + at + 16 * d) = sum[d];
+            }
+            for (; at < width; at++) {
+                float sum = result[at] * kept;
+                for (int64_t t = 0; t < count; t++) sum += score[i][t] * tile[t * width + at];
+                result[at] = sum;
             }
         }
     }
 }
 
-void kvcache_decode(const float *q, const float *k, const float *v, float *out, float *lse, float *scratch,
-                    const int64_t *shape, const int64_t *strides, float scale) {
-    const int64_t rows = shape[0], heads = shape[1], queries = shape[2], size = shape[3], width = shape[4];
-    const int64_t chunks = shape[5], per = (size + chunks - 1) / chunks, state = queries * (width + 2);
+/* shape: B, H, G, D, pieces. strides: rows and heads of q, k, v; heads of keys, values.
+ * pieces [pieces, 4]: first slot, slots, first reader, readers. readers: rows. slots [B]: where new tokens go.
+ * starts [B + 1], parts: row b's partial results are those of the readers parts[starts[b]] to parts[starts[b + 1] - 1]. */
+void kvcache_decode(const float *q, const float *k, const float *v, float *keys, float *values, float *out,
+                    float *scratch, const int64_t *shape, const int64_t *strides, const int64_t *pieces,
+                    const int64_t *readers, const int64_t *slots, const int64_t *starts, const int64_t *parts,
+                    float scale) {
+    const int64_t rows = shape[0], heads = shape[1], groups = shape[2], width = shape[3], count = shape[4];
+    const int64_t state = width + 2, per_reader = heads * groups * state;
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
-        for (int64_t item = 0; item < rows * heads * chunks; item++) {
-            const int64_t pair = item / chunks, row = pair / heads, head = pair % heads;
-            const int64_t first = item % chunks * per;
-            const int64_t count = size - first < per ? size - first : per;
-            chunk(q + pair * queries * width, k + row * strides[0] + head * strides[1] + first * width,
-                  v + row * strides[2] + head * strides[3] + first * width, scratch + item * state, queries,
-                  count > 0 ? count : 0, width, scale);
+        for (int64_t item = 0; item < rows * heads; item++) {
+            const int64_t row = item / heads, head = item % heads;
+            const int64_t to = slots[row] * width;
+            memcpy(keys + head * strides[6] + to, k + row * strides[2] + head * strides[3], width * sizeof(float));
+            memcpy(values + head * strides[7] + to, v + row * strides[4] + head * strides[5], width * sizeof(float));
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < count * heads; item++) {
+            const int64_t *piece = pieces + item / heads * 4, head = item % heads, total = piece[3] * groups;
+            const float *k_at = keys + head * strides[6] + piece[0] * width;
+            const float *v_at = values + head * strides[7] + piece[0] * width;
+            for (int64_t first = 0; first < total; first += QUERIES) {
+                const int64_t queries = total - first < QUERIES ? total - first : QUERIES;
+                float scaled[QUERIES * WIDEST], *to[QUERIES];
+                for (int64_t i = 0; i < queries; i++) {
+                    const int64_t reader = piece[2] + (first + i) / groups, query = head * groups + (first + i) % groups;
+                    const float *from = q + readers[reader] * strides[0] + query * strides[1];
+                    for (int64_t d = 0; d < width; d++) scaled[i * width + d] = from[d] * scale;
+                    to[i] = scratch + reader * per_reader + query * state;
+                }
+                if (width == 64)
+                    attend(scaled, k_at, v_at, to, queries, piece[1], 64);
+                else if (width == 128)
+                    attend(scaled, k_at, v_at, to, queries, piece[1], 128);
+                else
+                    attend(scaled, k_at, v_at, to, queries, piece[1], width);
+            }
         }
 #pragma omp for schedule(static)
-        for (int64_t at = 0; at < rows * heads * queries; at++) {
-            const float *parts = scratch + at / queries * chunks * state + at % queries * (width + 2);
-            float largest = -1e30f, total = 0.0f;
-            for (int64_t c = 0; c < chunks; c++)
-                if (parts[c * state] > largest) largest = parts[c * state];
-            float *result = out + at * width;
+        for (int64_t item = 0; item < rows * heads * groups; item++) {
+            const int64_t row = item / (heads * groups), query = item % (heads * groups);
+            const float *mine = scratch + query * state;
+            float *result = out + item * width, largest = -1e30f, total = 0.0f;
+            for (int64_t at = starts[row]; at < starts[row + 1]; at++) {
+                const float one = mine[parts[at] * per_reader];
+                largest = one > largest ? one : largest;
+            }
             for (int64_t d = 0; d < width; d++) result[d] = 0.0f;
-            for (int64_t c = 0; c < chunks; c++) {
-                const float weight = expf(parts[c * state] - largest);
-                total += weight * parts[c * state + 1];
-                for (int64_t d = 0; d < width; d++) result[d] += weight * parts[c * state + 2 + d];
+            for (int64_t at = starts[row]; at < starts[row + 1]; at++) {
+                const float *part = mine + parts[at] * per_reader, weight = expf(part[0] - largest);
+                total += weight * part[1];
+                for (int64_t d = 0; d < width; d++) result[d] += weight * part[2 + d];
             }
             for (int64_t d = 0; d < width; d++) result[d] /= total;
-            lse[at] = largest + logf(total);
         }
     }
 }

@@ -8,25 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcache_torch.native import DecodeKernel, load
-
-__all__ = ["Part", "attend_all", "attend_masked", "attend_with_lse", "merge", "plain_attention", "use_native"]
+__all__ = ["Part", "attend_all", "attend_masked", "attend_with_lse", "merge", "plain_attention"]
 
 Part = tuple[slice | Tensor | None, Tensor, Tensor]
 """Attention of some rows over some of their tokens: the rows, None for all; result; log-sum-exp."""
 
 _QUERIES_AT_ONCE = 256
-
-_native: list[DecodeKernel] = []
-"""The compiled decode kernel, once :func:`use_native` has found one."""
-
-
-def use_native() -> bool:
-    """Attend with the kernel of :mod:`kvcache_torch.native` from now on, in this process; False if there is none."""
-    kernel = load()
-    if kernel is not None:
-        _native[:] = [kernel]
-    return kernel is not None
 
 
 def plain_attention(
@@ -86,8 +73,6 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """
     # Query groups become query rows: each K/V head is read once for its whole group.
     folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
-    if _native and _native[0].serves(folded, k, v):
-        return _native[0](folded, k, v, scale)[0].view(*q.shape[:3], v.shape[-1])
     result = F.scaled_dot_product_attention(folded, k, v, scale=scale)
     return result.reshape(*q.shape[:3], v.shape[-1])
 
@@ -117,9 +102,6 @@ def attend_with_lse(
     else:
         # Query groups become query rows: each K/V head is read once for its whole group.
         q = q.reshape(rows, k.shape[1], groups * count, size)
-    if _native and not causal and mask is None and _native[0].serves(q, k, v):
-        result, lse = _native[0](q, k, v, scale)
-        return result.view(rows, heads, count, -1), lse.view(rows, heads, count)
     attend = _flash_cpu if q.device.type == "cpu" and size == v.shape[-1] else _portable
     result, lse = attend(q, k, v, scale, causal, mask)
     return result.reshape(rows, heads, count, -1), lse.reshape(rows, heads, count)

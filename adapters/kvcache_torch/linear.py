@@ -9,12 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvcache_torch.native import active
+
 __all__ = ["linear", "pack_weights", "unpack_weights"]
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 _PACKED_FOR = 8
 """Rows that a packed weight is laid out for; oneDNN takes the same layout for every number from two rows on."""
+
+
+_FEW, _FEW_PACKED = 16, 8
+"""Rows up to which the kernel in C is faster than oneDNN, and than oneDNN with packed weights."""
 
 
 class _Packed:
@@ -38,8 +44,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``, faster where a few rows meet many float32 weights on a CPU.
 
     There the usual BLAS reads the weights at a third of the memory's speed; oneDNN, which PyTorch carries along, reads
-    them twice as fast, and three times from weights that :func:`pack_weights` has brought into its order. Everywhere
-    else (another dtype or device, gradients wanted) this is ``F.linear``.
+    them twice as fast, and three times from weights that :func:`pack_weights` has brought into its order. So does,
+    without a copy, a kernel in C that is in use after ``cache.compile()``, for up to 16 rows. Everywhere else (another
+    dtype or device, gradients wanted) this is ``F.linear``.
 
     Args:
         x: [..., in].
@@ -60,7 +67,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return F.linear(x, weight, bias)
     if not torch.compiler.is_compiling():
-        return _onednn_linear(x, weight, bias)
+        return _fast_linear(x, weight, bias)
     if x.numel() == x.shape[-1]:
         # One row: the compiler makes one loop of this that runs at the memory's speed.
         product = (weight * x.reshape(-1)).sum(-1)
@@ -97,24 +104,32 @@ def unpack_weights(weights: Iterable[Tensor]) -> None:
         _packed.pop((weight.data_ptr(), weight.shape), None)
 
 
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if _packed:
-        key = (weight.data_ptr(), weight.shape)
-        packed = _packed.get(key)
-        if packed is not None:
-            if not packed.fits(weight):
-                del _packed[key]
-                pack_weights([weight])
-                packed = _packed.get(key)
-            if packed is not None:
-                weight = packed.values
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
+def _fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    kernels, packed = active(), _packed_of(weight)
+    few = _FEW if packed is None else _FEW_PACKED
+    if kernels is not None and x.numel() <= few * x.shape[-1] and weight.is_contiguous():
+        return kernels.linear(x, weight, bias)
+    values = weight if packed is None else packed.values
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, values, bias, "none", [], None)
     return result
+
+
+def _packed_of(weight: Tensor) -> _Packed | None:
+    """The weight's packed copy, made again if the weight has changed."""
+    if not _packed:
+        return None
+    key = (weight.data_ptr(), weight.shape)
+    packed = _packed.get(key)
+    if packed is not None and not packed.fits(weight):
+        del _packed[key]
+        pack_weights([weight])
+        packed = _packed.get(key)
+    return packed
 
 
 _library = torch.library.Library("kvcache", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_library.impl("linear", _onednn_linear, "CPU")
+_library.impl("linear", _fast_linear, "CPU")
 
 
 @torch.library.register_fake("kvcache::linear", lib=_library)

@@ -13,6 +13,7 @@ from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.extents import packed_extents, past_extents
 from kvcache_core.plan import GroupPlan, StepPlan
 from kvcache_torch.kernels import attend_all, attend_masked, attend_with_lse
+from kvcache_torch.native import DecodeReads, active
 from kvcache_torch.reading import Read, attend_reads, plan_reads
 from kvcache_torch.recorder import check_query
 from kvcache_torch.store import TensorStore
@@ -40,6 +41,14 @@ class _GroupStep:
     def reads(self) -> list[Read]:
         """The attention calls over what is in the pool: for a prompt without its new tokens."""
         return plan_reads(self.group.extents if self.decodes else past_extents(self.group), self._device)
+
+    @cached_property
+    def native(self) -> DecodeReads | None:
+        """The same for the decode kernel in C, where it is in use."""
+        kernels = active()
+        if kernels is None or not self.decodes:
+            return None
+        return DecodeReads(kernels, self.group.extents, self.group.slots[:, 0].tolist())
 
     @cached_property
     def converted(self) -> _Packed:
@@ -111,19 +120,20 @@ class Step:
         group = self._groups[number]
         if self.converts:
             return self._attend_converted(q, k, v, layer, scale, softcap)
-        batched_keys, batched_values = self.store.batched(layer)
+        keys, values = self.store.pair(layer)
+        if softcap is None and group.native is not None and DecodeReads.serve(q, k, v, keys, values):
+            return group.native.attend(q, k, v, keys, values, scale)
         run = group.run
-        if run is not None:
-            # One row into adjacent slots.
-            batched_keys[:, :, run] = k
-            batched_values[:, :, run] = v
-            if group.single is not None and softcap is None:
-                at, end = group.single
-                return attend_all(q, batched_keys[:, :, at:end], batched_values[:, :, at:end], scale)
-        keys, values = batched_keys[0], batched_values[0]
         if run is None:
             _write(keys, k, group.slots)
             _write(values, v, group.slots)
+        else:
+            # One row into adjacent slots.
+            keys[:, run] = k[0]
+            values[:, run] = v[0]
+            if group.single is not None and softcap is None:
+                at, end = group.single
+                return attend_all(q, keys[None, :, at:end], values[None, :, at:end], scale)
         if softcap is not None or not group.sees_all:
             return self._attend_masked(q, keys, values, number, group.group.extents, scale, softcap)
         if group.decodes:

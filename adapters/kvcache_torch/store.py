@@ -78,7 +78,7 @@ class TensorStore:
         self._arrays: dict[tuple[int, str], Tensor] = {}
         self._allocating = threading.Lock()
         self._group_of = [layout.group_of(layer) for layer in range(len(layout.layers))]
-        self._batched: dict[int, tuple[Tensor, Tensor]] = {}
+        self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
         self._specs = {
             (layer, array.name): array for layer in range(len(layout.layers)) for array in layout.stored(layer)
         }
@@ -103,12 +103,12 @@ class TensorStore:
         """The layer group of a layer."""
         return self._group_of[layer]
 
-    def batched(self, layer: int) -> tuple[Tensor, Tensor]:
-        """K and V of an attention layer as views [1, H, slots, D], ready for attention."""
-        views = self._batched.get(layer)
-        if views is None:
-            views = self._batched[layer] = (self.array(layer, "k")[None], self.array(layer, "v")[None])
-        return views
+    def pair(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V of an attention layer, each [H, slots, D]."""
+        found = self._pairs.get(layer)
+        if found is None:
+            found = self._pairs[layer] = (self.array(layer, "k"), self.array(layer, "v"))
+        return found
 
     def put(self, layer: int, name: str, slots: Tensor, values: Tensor) -> Tensor:
         """Write ``values`` [H, N, D] at int64 ``slots`` [N]; returns what reading them gives, in their own dtype."""
@@ -215,7 +215,7 @@ class TensorStore:
         """Change the capacity; ``moves`` holds {old: new} per layer group."""
         kept = min(num_blocks, self.num_blocks) + 1
         self.num_blocks = num_blocks
-        self._batched.clear()
+        self._pairs.clear()
         for key in list(self._arrays):
             old = self._blocks(self._arrays[key])
             new = self._blocks(self._allocate(*key))

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kvcache_torch.native import DecodeReads, active
+
 __all__ = ["Preallocated"]
 
 
@@ -25,7 +27,8 @@ class Preallocated:
         model: the example model whose weights are used.
         capacity: most tokens.
         folded: how decode attention treats grouped queries: fold them into the query length, or `enable_gqa=True`.
-        compiled: compile the decode step, attention as one opaque operation, as `KVCache.compile` does.
+        compiled: compile the decode step, attention as one opaque operation, as `KVCache.compile` does, and run
+            it in the library's kernel in C where that is in use: then the two differ in the cache alone.
     """
 
     def __init__(self, model: nn.Module, capacity: int, *, folded: bool, compiled: bool = False) -> None:
@@ -42,6 +45,8 @@ class Preallocated:
         self.values = [torch.zeros(shape) for _ in range(config.num_layers)]
         self.length = 0
         self._folded = folded
+        self._compiled = compiled
+        self._reads: DecodeReads | None = None
         self._mask: Tensor | None = None
         self._where = torch.zeros(1, 1, dtype=torch.int64)
         self._decode = torch.compile(self.model, dynamic=False) if compiled else self.model
@@ -53,6 +58,8 @@ class Preallocated:
         if count > 1:
             seen = torch.arange(self.length + count)
             self._mask = seen <= torch.arange(self.length, self.length + count)[:, None]
+        kernels = active() if self._compiled and count == 1 else None
+        self._reads = DecodeReads(kernels, [[(0, self.length + 1, 0)]], [self.length]) if kernels else None
         self._where.fill_(self.length)
         _ACTIVE[:] = [self]
         logits = (self._decode if count == 1 else self.model)(torch.tensor([tokens]))[0, -1]
@@ -70,6 +77,8 @@ class Preallocated:
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int) -> Tensor:
         end = self.length + q.shape[2]
         keys, values = self.keys[layer], self.values[layer]
+        if self._reads is not None:
+            return self._reads.attend(q, k, v, keys[0], values[0], None)
         keys[:, :, self.length : end] = k
         values[:, :, self.length : end] = v
         keys, values = keys[:, :, :end], values[:, :, :end]

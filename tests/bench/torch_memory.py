@@ -21,7 +21,7 @@ def main(*, quick: bool = False) -> Table:
     room = STEPS * (runs + 2)
     cache = KVCache(size=ROWS * (CONTEXT + room + 32) // 16)
     cache.attach(model, outputs="last")
-    cache.compile(pack_weights=True)
+    cache.compile()
     # Computing 32,768 tokens would take minutes; how long a step takes does not depend on what K and V hold.
     core, store = cache.core, cache.store
     seqs = []
@@ -51,7 +51,7 @@ def main(*, quick: bool = False) -> Table:
     samples = alternate({"ours": ours, FLOOR: floor}, runs, "batch 8, context 4,096", warm_up=2)
     case = f"batch {ROWS}, context {CONTEXT:,}, nothing shared"
     text = [
-        "The whole step after `cache.compile(pack_weights=True)`. The floor: bytes of weights and live K/V over the "
+        "The whole step after `cache.compile()`. The floor: bytes of weights and live K/V over the "
         f"read bandwidth that `torch.dot` reaches in the same run, with {torch.get_num_threads()} threads.",
     ]
     return Table(

@@ -7,14 +7,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvcache_core import BlockCache, BlockLayout, LayerSpec
 from kvcache_core.attention import attend
 from kvcache_core.store import NumpyStore
-from kvcache_torch import TensorStore, kernels, reading
-from kvcache_torch.native import load
+from kvcache_torch import TensorStore, kernels, native, reading
 from kvcache_torch.step import Step
 from tests.reference_decoder import REDRAWS, ulp
 
@@ -162,34 +161,43 @@ def test_portable_kernel_gives_what_the_native_one_gives():
         torch.testing.assert_close(portable[1], native[1], atol=2e-6, rtol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def native():
-    kernel = load()
-    if kernel is None:
+@pytest.fixture
+def compiled(monkeypatch):
+    """The kernels in C, in use."""
+    found = native.load()
+    if found is None:
         pytest.skip("needs a C compiler")
-    return kernel
+    monkeypatch.setattr(native, "_active", [found])
+    return found
 
 
 @given(data=st.data())
-def test_native_kernel_equals_float64(native, data):
-    """Strided K and V of any size; the error is no larger than the native PyTorch kernel's, but for chance."""
-    rows, heads, queries = (data.draw(st.integers(1, 3)) for _ in range(3))
-    size, width = data.draw(st.integers(1, 700)), data.draw(st.sampled_from([1, 7, 64, 80, 128]))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_decode_kernel_equals_float64(compiled, data):
+    """Rows over extents of any size, shared and not; the new tokens are written and seen."""
+    rows, heads, groups = (data.draw(st.integers(1, 4)) for _ in range(3))
+    width = data.draw(st.sampled_from([1, 7, 16, 64, 80, 128]))
+    shared, own = data.draw(st.integers(0, 600)), data.draw(st.lists(st.integers(1, 300), min_size=rows, max_size=rows))
     torch.manual_seed(0)
-    pool = torch.randn(2, heads, rows * (size + 3), width)
-    strides = ((size + 3) * width, rows * (size + 3) * width, width, 1)
-    k, v = (array.as_strided((rows, heads, size, width), strides, array.storage_offset()) for array in pool)
-    q = torch.randn(rows, heads, queries, width)
-    assert native.serves(q, k, v)
-    result, lse = native(q, k, v, None)
-    scores = q.double() @ k.double().transpose(-1, -2) * width**-0.5
-    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=3e-6, rtol=1e-6)
-    torch.testing.assert_close(result.double(), scores.softmax(-1) @ v.double(), atol=2e-6, rtol=2e-6)
+    keys, values = torch.randn(2, heads, shared + sum(own) + 5, width)
+    starts = [shared + sum(own[:row]) + row for row in range(rows)]
+    per_row = [[(0, shared, 0)] * bool(shared) + [(at, size, shared)] for at, size in zip(starts, own, strict=True)]
+    slots = [at + size - 1 for at, size in zip(starts, own, strict=True)]
+    q, k, v = (torch.randn(rows, 1, count, width).transpose(1, 2) for count in (heads * groups, heads, heads))
+    assert native.DecodeReads.serve(q, k, v, keys, values)
+    found = native.DecodeReads(compiled, per_row, slots).attend(q, k, v, keys, values, None)
+    assert torch.equal(keys[:, slots], k[:, :, 0].transpose(0, 1))
+    assert torch.equal(values[:, slots], v[:, :, 0].transpose(0, 1))
+    for row, extents in enumerate(per_row):
+        seen = [slot for at, size, _ in extents for slot in range(at, at + size)]
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            q[row].double(), keys[:, seen].double(), values[:, seen].double(), enable_gqa=True
+        )
+        torch.testing.assert_close(found[row].double(), exact, atol=2e-6, rtol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data())
-def test_any_tree_with_the_native_kernel(native, dtype, data):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_native", [native])
-        grow_a_tree(dtype, data.draw)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_tree_with_the_decode_kernel(compiled, dtype, data):
+    grow_a_tree(dtype, data.draw)

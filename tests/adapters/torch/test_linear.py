@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvcache_torch import linear
+from kvcache_torch import linear, native
 from kvcache_torch.linear import _packed, pack_weights, unpack_weights
 
 
@@ -51,3 +51,19 @@ def test_gradients_and_other_dtypes_go_through_torch():
     linear(x, weight).sum().backward()
     assert x.grad is not None
     assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
+
+
+@pytest.mark.parametrize("rows", [*range(1, 10), 16])
+@pytest.mark.parametrize(("size", "out"), [(576, 960), (24, 41), (7, 3), (1, 1)])
+def test_the_kernel_in_c_is_as_exact_as_torch(rows, size, out, monkeypatch):
+    kernels = native.load()
+    if kernels is None:
+        pytest.skip("needs a C compiler")
+    monkeypatch.setattr(native, "_active", [kernels])
+    torch.manual_seed(0)
+    wide, weight, bias = torch.randn(rows, 2 * size), torch.randn(out, size), torch.randn(out)
+    for x in (wide[:, :size].contiguous(), wide[:, ::2]):
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        own = (F.linear(x, weight, bias).double() - exact).abs().max()
+        error = (linear(x, weight, bias).double() - exact).abs().max()
+        assert error <= 1.5 * own + 4 * torch.finfo(torch.float32).eps * exact.abs().max()

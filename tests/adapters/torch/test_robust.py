@@ -133,7 +133,7 @@ def test_eight_threads_on_one_cache(model):
 def test_threads_that_meet_in_the_first_step_write_to_one_tensor(model, cache, monkeypatch):
     store, allocate = cache.store, TensorStore._allocate
     store._arrays.clear()
-    store._batched.clear()
+    store._pairs.clear()
     start, found = threading.Barrier(4), []
 
     def slow(*key):
@@ -144,7 +144,7 @@ def test_threads_that_meet_in_the_first_step_write_to_one_tensor(model, cache, m
 
     def first_use():
         start.wait()
-        found.append(store.batched(0))
+        found.append(store.pair(0))
 
     threads = [threading.Thread(target=first_use) for _ in range(4)]
     for thread in threads:
@@ -347,7 +347,7 @@ def test_the_models_own_state_is_left_alone(model):
         ({"memory": "0GiB"}, "more than zero"),
         ({"size": 4, "memory": "1GiB"}, "not both"),
         ({"block_size": 0}, "block_size must be"),
-        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"dtype": "int4"}, "dtype must be one of"),
         ({"dtype": torch.int64}, "dtype must be one of"),
         ({"salt": "text"}, "salt must be bytes"),
     ],
