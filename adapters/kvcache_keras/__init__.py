@@ -5,14 +5,17 @@ from kvcache_keras.attention import attention, positions, select_outputs
 from kvcache_keras.cache import KVCache
 from kvcache_keras.generate import generate, score, stream
 from kvcache_keras.layers import CachedAttention, PositionIds
+from kvcache_keras.parameters import ParameterCache, empty_weights
 from kvcache_keras.store import TensorStore
 
 __all__ = [
     "CachedAttention",
     "KVCache",
+    "ParameterCache",
     "PositionIds",
     "TensorStore",
     "attention",
+    "empty_weights",
     "generate",
     "positions",
     "score",

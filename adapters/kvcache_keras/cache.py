@@ -22,8 +22,9 @@ from kvcache_core.types import TokenIds
 from kvcache_keras.activation import Site
 from kvcache_keras.attach import AttachedCall
 from kvcache_keras.context import local, not_recording, outside, stepping
-from kvcache_keras.fingerprint import Fingerprint
+from kvcache_keras.fingerprint import Fingerprint, source_of
 from kvcache_keras.graphcall import PendingCalls
+from kvcache_keras.parameters import values_of
 from kvcache_keras.probe import check_in_parts
 from kvcache_keras.routes import Routes
 from kvcache_keras.runner import StepRunner, build, to_numpy, widened
@@ -137,7 +138,8 @@ class KVCache(FrontendCache):
     def _parameters(self, model: Any) -> Iterator[tuple[str, NDArray[Any]]]:
         for weight in {id(weight): weight for weight in model.weights}.values():
             with tf.init_scope():
-                values = np.asarray(keras.ops.convert_to_numpy(weight))
+                source = source_of(weight._value)
+                values = np.asarray(keras.ops.convert_to_numpy(weight if source is None else values_of(source)))
             dtype = keras.backend.standardize_dtype(weight.dtype)
             if "float" in dtype:
                 yield dtype, values.view(f"u{values.dtype.itemsize}")

@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from kvcache_core.parameters import Source
 from kvcache_core.weights import digest_of
 
-__all__ = ["Fingerprint"]
+__all__ = ["SOURCE", "Fingerprint", "source_of"]
+
+SOURCE = "_kvcache_source"
+"""The attribute of a variable that a ``ParameterCache`` reads from a file: it is not always in memory."""
 
 _Tensor = Any
 _ALL_BELOW = 4096
@@ -23,12 +27,16 @@ class Fingerprint:
     """Samples of a model's weights, and its optimizer's step counter, which moves with every training step.
 
     Whole updates (``assign``, ``set_weights``, ``load_weights``, an optimizer's step) change samples. A change of a few
-    elements of a large weight can be missed: ``cache.invalidate()`` says so by hand.
+    elements of a large weight can be missed: ``cache.invalidate()`` says so by hand. Weights that a ``ParameterCache``
+    reads stand for their file.
     """
 
     def __init__(self, model: Any, verify: str = "sample") -> None:
         self._verify = verify
-        self._variables = _variables_of(model)
+        self._all = _variables_of(model)
+        self._sources = [source_of(variable) for variable in self._all]
+        self._variables = [one for one, source in zip(self._all, self._sources, strict=True) if source is None]
+        self._files = b"".join(source.identity for source in self._sources if source is not None)
         by_dtype: dict[Any, list[tf.Variable]] = {}
         for variable in self._variables:
             by_dtype.setdefault(variable.dtype, []).append(variable)
@@ -54,7 +62,11 @@ class Fingerprint:
     def is_of(self, model: Any) -> bool:
         """Whether the model still has the variables this was made for."""
         found = _variables_of(model)
-        return len(found) == len(self._variables) and all(map(_same, found, self._variables))
+        return (
+            len(found) == len(self._all)
+            and all(map(_same, found, self._all))
+            and all(map(_same, map(source_of, found), self._sources))
+        )
 
     def digest(self) -> bytes:
         """What the samples are now."""
@@ -64,8 +76,13 @@ class Fingerprint:
     def digest_of_samples(self, samples: Sequence[np.ndarray[Any, Any]]) -> bytes:
         """The same for samples that a graph has taken."""
         if self._verify == "full":
-            return digest_of([np.ascontiguousarray(part) for part in samples])
-        return b"".join(part.tobytes() for part in samples)
+            return self._files + digest_of([np.ascontiguousarray(part) for part in samples])
+        return self._files + b"".join(part.tobytes() for part in samples)
+
+
+def source_of(variable: Any) -> Source | None:
+    """Where a variable is read from that is not always in memory; None for an ordinary one."""
+    return getattr(variable, SOURCE, None)
 
 
 def _variables_of(model: Any) -> list[tf.Variable]:

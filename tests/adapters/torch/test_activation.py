@@ -524,6 +524,20 @@ def test_warm_resize_clear_invalidate(model, cache):
     assert cache.stats().entries == 4 and cache.stats().bytes == 64
 
 
+def test_warm_draws_a_bar_and_stats_advise(model, cache, capsys):
+    cache.record(100)
+    assert cache.warm([rows(0), rows(1), rows(0)], bar=True) == 10
+    assert capsys.readouterr().err.endswith("] 3/3\n")
+    assert cache.warm([rows(0)]) == 0
+    assert capsys.readouterr().err == ""  # no terminal
+    said = str(cache.stats(advice=True))
+    assert "miss_entries: 10" in said and "recorded accesses" in said.splitlines()[-1]
+    assert cache.stats().advice == ""
+    cache.record(0)
+    with pytest.raises(UsageError, match="no accesses are recorded"):
+        cache.stats(advice=True)
+
+
 def test_several_parts_share_one_cache_and_keep_apart():
     model = nn.Sequential(Counting(6, 6), Counting(6, 6)).eval()
     expected = model(rows(0)).detach()
