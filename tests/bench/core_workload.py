@@ -181,6 +181,25 @@ def micro(runs: int, count: int) -> Row:
     return Row.of(case, "µs/request", alternate({"ours": run}, runs, "core, one request"))
 
 
+def in_block(runs: int) -> Row:
+    """Nanoseconds per token appended to a block that has room, one sequence a call and 32 a call."""
+    tokens = list(range(2000))
+
+    def run(rows: int) -> float:
+        core = BlockCache(num_blocks=2 * rows, block_size=2 * len(tokens))
+        seqs = [core.open([row]) for row in range(rows)]
+        core.append(seqs, [0] * rows)
+        start = time.thread_time_ns()
+        for token in tokens:
+            core.append(seqs[0] if rows == 1 else seqs, token if rows == 1 else [token] * rows)
+        return (time.thread_time_ns() - start) / len(tokens) / rows
+
+    samples = alternate({"ours": lambda: run(1), "batch": lambda: run(LIVE)}, runs, "core, append in a block")
+    row = Row.of("append that stays in its block", "ns/token", {"ours": samples["ours"]})
+    row.extra = {f"ns/token of {LIVE} sequences in one call": Spread.of(samples["batch"]).median}
+    return row
+
+
 def serving(runs: int, count: int, pool: int, *, batched: bool) -> Row:
     """Microseconds per request of the serving workload, beside the peers' earlier figures."""
     results: list[dict[str, float]] = []
@@ -211,7 +230,8 @@ def serving(runs: int, count: int, pool: int, *, batched: bool) -> Row:
 def main(*, quick: bool = False) -> Table:
     """One request, and the serving workload."""
     count, pool = (300, POOL_BLOCKS // 8) if quick else (REQUESTS, POOL_BLOCKS)
-    rows = [micro(7, 10 if quick else 50), *(serving(5, count, pool, batched=batched) for batched in (False, True))]
+    rows = [micro(7, 10 if quick else 50), in_block(7)]
+    rows += [serving(5, count, pool, batched=batched) for batched in (False, True)]
     text = [
         f"Blocks of {BLOCK_SIZE}, a pool of {pool:,} blocks. Serving: {count:,} requests, each one of "
         f"{PREFIXES} shared prefixes of {PREFIX_TOKENS:,} tokens (popularity 1 / rank) and {OWN_TOKENS:,} tokens of "

@@ -157,6 +157,17 @@ def test_releasing_more_often_than_retained_names_the_block_and_changes_nothing(
         pool.mark_findable(taken[0])
 
 
+def test_a_table_holds_a_block_once():
+    pool = BlockPool(4)
+    taken, _ = pool.take(3)
+    pool.retain(taken)
+    for call, verb in ((pool.release, "released"), (pool.retain, "retained")):
+        with pytest.raises(BlockError, match=f"block 2 was {verb} more often than a table holds it"):
+            call([1, 2, 0, 0, 3, 2])
+    assert [pool.refs(block) for block in taken] == [2, 2, 2]
+    pool.check_valid()
+
+
 def test_null_blocks_are_skipped():
     pool = BlockPool(2)
     taken, _ = pool.take(1)
