@@ -9,83 +9,23 @@ import struct
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
+from kvcache_core.blockformat import salt_digest
 from kvcache_core.entries import EntryCache, EntryLookup
+from kvcache_core.entryformat import EntryForm
 from kvcache_core.errors import InvalidInput, InvalidType
-from kvcache_core.keys import KEY_BYTES
+from kvcache_core.samples import Samples, sample_keys
 from kvcache_core.tree import Tree, flatten
 from kvcache_core.worth import Worth
 
-__all__ = ["ActivationSite", "Bypassed", "Samples", "sample_keys"]
+__all__ = ["ActivationSite", "Bypassed", "RowFormat"]
 
 
-def sample_keys(
-    prefix: bytes, split: Sequence[NDArray[Any]], shared: Sequence[NDArray[Any]], count: int
-) -> list[bytes]:
-    """A 128-bit key per sample: a digest of the sample's rows, bit by bit, and of everything all samples share.
-
-    Args:
-        prefix: namespace, salt, and the inputs' structure and flags.
-        split: arrays [B, ...] of which sample b has row b.
-        shared: arrays that every sample sees whole.
-        count: B.
-    """
-    common = blake2b(digest_size=KEY_BYTES)
-    _update(common, prefix)
-    for kind, arrays in ((b"S", split), (b"W", shared)):
-        for array in arrays:
-            shape = array.shape[1:] if kind == b"S" else array.shape
-            _update(common, kind + f"{array.dtype.str}{shape}".encode())
-            if kind == b"W":
-                common.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
-    rows = [_rows(array, count) for array in split]
-    keys = []
-    for sample in range(count):
-        digest = common.copy()
-        for array in rows:
-            digest.update(array[sample])
-        keys.append(digest.digest())
-    return keys
-
-
-def _update(digest: Any, field: bytes) -> None:
-    digest.update(struct.pack("<Q", len(field)) + field)
-
-
-def _rows(array: NDArray[Any], count: int) -> NDArray[np.uint8]:
-    """The array's bytes, [B, bytes of a row]."""
-    array = np.ascontiguousarray(array)
-    size = array.nbytes // count
-    return array.reshape(count, array.size // count).view(np.uint8).reshape(count, size)
-
-
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """A call's inputs, split along the batch.
-
-    Attributes:
-        count: B.
-        tree: the structure of ``(args, kwargs)``.
-        leaves: its tensors.
-        is_split: per tensor, whether sample b has row b of it; the others are seen whole by every sample.
-        keys: one per sample.
-    """
-
-    count: int
-    tree: Tree
-    leaves: list[Any]
-    is_split: list[bool]
-    keys: list[bytes]
-
-    def subset(self, take: Callable[[Any, Sequence[int]], Any], rows: Sequence[int]) -> list[Any]:
-        """The tensors of some of the samples."""
-        return [take(leaf, rows) if split else leaf for leaf, split in zip(self.leaves, self.is_split, strict=True)]
+RowFormat = tuple[Callable[[Any], tuple[str, NDArray[Any]]], Callable[[str, NDArray[Any]], Any]]
+"""(a row of a result as dtype name and bits of its elements; the reverse)."""
 
 
 class Bypassed(Exception):
@@ -126,7 +66,7 @@ class ActivationSite(ABC):
         self.options = (self.shared, side_effects)
         self.worth = worth
         self._refusals: dict[bytes, str] = {}
-        self._proven: set[bytes] = set()
+        self._proven: dict[bytes, Tree] = {}
 
     # ---- what an adapter supplies --------------------------------------------------------------
 
@@ -159,6 +99,16 @@ class ActivationSite(ABC):
         """Bytes that stand for the weights and the module."""
 
     @abstractmethod
+    def portable(self) -> tuple[bytes, bytes] | None:
+        """What stands, in any process, for the module with its weights (16 bytes), and the salt; None if that cannot be
+        said of the module.
+        """
+
+    @abstractmethod
+    def row_format(self) -> RowFormat:
+        """How a row of a result becomes bits and a row again, by functions that do not keep the module alive."""
+
+    @abstractmethod
     def compute(self, original: Callable[..., Any], args: Any, kwargs: Any, leaves: Sequence[Any]) -> tuple[Any, str]:
         """Run the module on inputs whose tensors are ``leaves``.
 
@@ -177,7 +127,7 @@ class ActivationSite(ABC):
         start = time.perf_counter()
         mode = self.mode()
         samples = self._samples(args, kwargs, mode)
-        lookup = self.entries.look_up(samples.keys)
+        lookup = self.entries.look_up(samples.keys, self.form(self._proven.get(mode)))
         if not lookup.compute:
             result = self._assemble(lookup, ())
             self.worth.called(samples.count, 0.0, time.perf_counter() - start)
@@ -196,10 +146,11 @@ class ActivationSite(ABC):
         if isinstance(payloads, str):
             self._refusals[mode] = payloads
             raise Bypassed(payloads, output if whole else None)
-        self._proven.add(mode)
+        self._proven[mode] = payloads[0][0]
         if whole:
             payloads = [payloads[sample] for sample in lookup.compute]
-        self.entries.keep(lookup, [payload[:2] for payload in payloads], [size for _, _, size in payloads])
+        sizes = [size for _, _, size in payloads]
+        self.entries.keep(lookup, [payload[:2] for payload in payloads], sizes, self.form(payloads[0][0]))
         result = output if whole else self._assemble(lookup, payloads)
         spent = before - start + time.perf_counter() - after
         if whole:  # such a call saves nothing
@@ -208,6 +159,17 @@ class ActivationSite(ABC):
         else:
             self.worth.called(samples.count, after - before, spent)
         return result
+
+    def form(self, tree: Tree | None) -> EntryForm | None:
+        """What a result of structure ``tree`` looks like in a tier; None if there is no tier, or it stays out of them.
+
+        The structure is not in a tier: until the module was run once, ``tree`` is None and nothing comes up.
+        """
+        portable = None if tree is None or self.entries.below is None else self.portable()
+        if tree is None or portable is None:
+            return None
+        weights, salt = portable
+        return EntryForm(tree, weights, salt_digest(salt), *self.row_format(), self.worth)
 
     def _measure(self, original: Callable[..., Any], args: Any, kwargs: Any, samples: Samples) -> None:
         """Time the module without the cache, so that a decision does not rest on its first run alone."""

@@ -13,6 +13,7 @@ from typing import Any
 from kvcache_core.adapter import Adapter, ModelSpec
 from kvcache_core.admission import Admission, admission
 from kvcache_core.cache import BlockCache
+from kvcache_core.entrytiers import EntryTiers
 from kvcache_core.errors import InvalidInput, InvalidType, UsageError
 from kvcache_core.identity import named_identity, weights_identity
 from kvcache_core.layout import BlockLayout, LayerSpec
@@ -92,6 +93,8 @@ class ModelBinding(Adapter):
         if tiers:
             names = [tiers] if isinstance(tiers, str) else tiers
             self._tiers = TierStack(names, promote=promote, admit=admit, write_through=write_through)
+            below = EntryTiers(self._tiers, self.sites.entries, write_through=write_through)
+            self._tiers.sources.append(below.items)
             self._closer = weakref.finalize(self, self._tiers.close)
 
     # ---- the core behind it --------------------------------------------------------------------

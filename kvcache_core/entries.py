@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from kvcache_core.admission import Admission, AllAdmitted
 from kvcache_core.analysis import Advice, advise
@@ -19,10 +19,40 @@ from kvcache_core.inputs import check_size
 from kvcache_core.pool import BlockPool
 from kvcache_core.types import NULL_BLOCK
 
-__all__ = ["EntryCache", "EntryLookup"]
+__all__ = ["Below", "Entry", "EntryCache", "EntryLookup"]
 
 _FIRST_CAPACITY = 256
 """Blocks of a pool that is limited by bytes, before it has grown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One result that is kept.
+
+    Attributes:
+        key: its content key.
+        payload: what was computed; opaque here.
+        nbytes: its size.
+        form: what it looks like in a tier; None for one that stays in this process. Opaque here.
+    """
+
+    key: bytes
+    payload: Any
+    nbytes: int
+    form: Any = None
+
+
+class Below(Protocol):
+    """The tiers under the entries."""
+
+    def find(self, form: Any, keys: Sequence[bytes]) -> Iterable[Entry]:
+        """The results among ``keys`` that lie there."""
+
+    def kept(self, entry: Entry) -> None:
+        """A result was computed and is kept. Must not raise."""
+
+    def demote(self, entry: Entry) -> None:
+        """A result is evicted. Must not raise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +85,8 @@ class EntryCache:
         - keys and cached blocks are in one-to-one relation, and only they have a payload.
         - ``bytes`` is the sum of the entries' sizes, and at most ``memory``.
 
+    With tiers ``below``, an evicted entry goes down, and what a call does not find comes up.
+
     Args:
         size: capacity in entries; or
         memory: capacity in bytes.
@@ -79,7 +111,8 @@ class EntryCache:
         self.hit_entries = self.miss_entries = self.evicted_entries = self.refused_entries = 0
         self._pool = BlockPool(_FIRST_CAPACITY if size is None else size)
         self._blocks: dict[bytes, int] = {}
-        self._contents: dict[int, tuple[bytes, Any, int]] = {}
+        self._contents: dict[int, Entry] = {}
+        self.below: Below | None = None
         self._lock = threading.RLock()
         self.trace: deque[bytes] | None = None
 
@@ -112,8 +145,28 @@ class EntryCache:
         """Capacity in entries; None if bytes are the limit."""
         return self._pool.num_blocks if self.memory is None else None
 
-    def look_up(self, keys: Sequence[bytes]) -> EntryLookup:
-        """Find the entries of a call's samples; what is found becomes the most recently used."""
+    @property
+    def mean_bytes(self) -> int:
+        """Bytes of an entry, on average."""
+        return self.bytes // max(1, len(self))
+
+    def contents(self) -> list[Entry]:
+        """Every entry, least recently made first."""
+        with self._lock:
+            return list(self._contents.values())
+
+    def look_up(self, keys: Sequence[bytes], form: Any = None) -> EntryLookup:
+        """Find the entries of a call's samples; what is found becomes the most recently used.
+
+        Args:
+            keys: one per sample.
+            form: what they look like in a tier; None to look into none.
+        """
+        if self.below is not None and form is not None:
+            missing = [key for key in dict.fromkeys(keys) if key not in self._blocks]
+            for entry in self.below.find(form, missing) if missing else ():
+                with self._lock:
+                    self._store(entry)
         found: list[Any] = []
         blocks: dict[int, None] = {}  # in order, each once
         compute: list[int] = []
@@ -126,7 +179,7 @@ class EntryCache:
                 block = self._blocks.get(key)
                 if block is not None:
                     blocks[block] = None
-                    found.append(self._contents[block][1])
+                    found.append(self._contents[block].payload)
                     continue
                 found.append(None)
                 if key not in first:
@@ -140,29 +193,39 @@ class EntryCache:
             self.miss_entries += len(compute)
         return EntryLookup(keys, found, compute, sources)
 
-    def keep(self, lookup: EntryLookup, payloads: Sequence[Any], sizes: Sequence[int]) -> None:
+    def keep(self, lookup: EntryLookup, payloads: Sequence[Any], sizes: Sequence[int], form: Any = None) -> None:
         """Store what was computed, as far as the admission rule and the room allow.
 
         Args:
             lookup: what :meth:`look_up` gave.
             payloads: one per sample in ``lookup.compute``; never changed from now on.
             sizes: their bytes.
+            form: what they look like in a tier.
         """
         with self._lock:
             for sample, payload, size in zip(lookup.compute, payloads, sizes, strict=True):
-                key = lookup.keys[sample]
-                if key in self._blocks:
+                entry = Entry(lookup.keys[sample], payload, size, form)
+                if entry.key in self._blocks:
                     continue  # another thread was faster
-                if not self.admit.admit(key) or not self._make_room(size):
+                if not self.admit.admit(entry.key) or not self._store(entry):
                     self.refused_entries += 1
-                    continue
-                (block,), evicted = self._pool.take(1)
-                self._forget(evicted)
-                self._blocks[key] = block
-                self._contents[block] = (key, payload, size)
-                self.bytes += size
-                self._pool.mark_findable(block)
-                self._pool.release([block])
+                elif self.below is not None:
+                    self.below.kept(entry)
+
+    def _store(self, entry: Entry) -> bool:
+        """Give an entry a block, if there is room for it or can be; whether it has one."""
+        if entry.key in self._blocks:
+            return True
+        if not self._make_room(entry.nbytes):
+            return False
+        (block,), evicted = self._pool.take(1)
+        self._forget(evicted)
+        self._blocks[entry.key] = block
+        self._contents[block] = entry
+        self.bytes += entry.nbytes
+        self._pool.mark_findable(block)
+        self._pool.release([block])
+        return True
 
     def resize(self, size: int | None = None, *, memory: int | None = None) -> None:
         """Change the limit, also its kind; shrinking evicts.
@@ -193,8 +256,8 @@ class EntryCache:
             assert not self._pool.num_live
             assert len(self._blocks) == len(self._contents) == self._pool.num_cached
             for key, block in self._blocks.items():
-                assert self._contents[block][0] == key and self._pool.is_findable(block)
-            assert self.bytes == sum(size for _, _, size in self._contents.values())
+                assert self._contents[block].key == key and self._pool.is_findable(block)
+            assert self.bytes == sum(entry.nbytes for entry in self._contents.values())
             assert self.memory is None or self.bytes <= self.memory
 
     def _make_room(self, size: int) -> bool:
@@ -215,12 +278,14 @@ class EntryCache:
         moved = {new: self._contents.pop(old) for old, new in result.moves.items()}
         for block, content in moved.items():
             self._contents[block] = content
-            self._blocks[content[0]] = block
+            self._blocks[content.key] = block
 
     def _forget(self, blocks: Sequence[int], *, count: bool = True) -> None:
         for block in blocks:
             if block != NULL_BLOCK:
-                key, _, size = self._contents.pop(block)
-                del self._blocks[key]
-                self.bytes -= size
+                entry = self._contents.pop(block)
+                del self._blocks[entry.key]
+                self.bytes -= entry.nbytes
                 self.evicted_entries += count
+                if count and self.below is not None:
+                    self.below.demote(entry)

@@ -48,6 +48,10 @@ class OpenTiers:
         queue_bytes: bytes of results that may wait to be written; further ones are dropped and counted.
         promote: ``"auto"``: a tier is used while loading costs less than recomputing; ``"always"``.
         secret: signs and checks every value; default is the environment's ``KVCACHE_SECRET``.
+
+    Attributes:
+        demoted_blocks: results that were queued to be written.
+        dropped_blocks: results that were not, because the queue was full.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class OpenTiers:
         self.secret = secret_from_environment() if secret is None else secret
         self.stats = [TierStats(tier.name) for tier in self.tiers]
         self.costs = Costs(self.stats, always=promote == "always")
+        self.demoted_blocks = self.dropped_blocks = 0
         self._rewrite: set[bytes] = set()
         self._warned: set[str] = set()
         self.queue = DemotionQueue(self.tiers, queue_bytes, self.has, self._wrote)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from kvcache_core.promotion import Promotion
 from kvcache_core.sequence import Sequence as CachedSequence
 from kvcache_core.store import KVStore
 from kvcache_core.tiercosts import Average, TierStats
-from kvcache_core.tiers import Tier
+from kvcache_core.tiers import Item, Tier
 from kvcache_core.types import Evicted
 
 __all__ = ["TierStack", "TierStats"]
@@ -41,8 +41,6 @@ class TierStack(OpenTiers):
         options: see :class:`~kvcache_core.opentiers.OpenTiers`.
 
     Attributes:
-        demoted_blocks: blocks that were queued to be written.
-        dropped_blocks: blocks that were not, because the queue was full.
         refused_blocks: blocks that ``admit`` refused.
         promoted_blocks: blocks that came back.
         promoted_tokens: their tokens.
@@ -66,8 +64,7 @@ class TierStack(OpenTiers):
             self._let_go()
             raise InvalidInput("write_through needs a tier that others can see, such as disk:PATH or valkey://HOST")
         self._write_through = write_through
-        self.demoted_blocks = self.dropped_blocks = self.refused_blocks = 0
-        self.promoted_blocks = self.promoted_tokens = 0
+        self.refused_blocks = self.promoted_blocks = self.promoted_tokens = 0
         self.trouble: Exception | None = None
         self._core: BlockCache | None = None
         self._store: KVStore | None = None
@@ -75,6 +72,8 @@ class TierStack(OpenTiers):
         self._codecs: OrderedDict[bytes, list[BlockCodec]] = OrderedDict()
         self._lock = threading.Lock()
         self._compute = Average()
+        self.sources: list[Callable[[Callable[[bytes], bool]], Iterable[Sequence[Item]]]] = []
+        """What else is spilled: called with (whether to leave a key out), gives values a few at a time."""
 
     # ---- who is served -------------------------------------------------------------------------
 
@@ -216,18 +215,23 @@ class TierStack(OpenTiers):
         target = self.persistent
         if target is None:
             return True
-        if self._core is not None and self._store is not None:
-            for items in pool_items(self._core, self._store, self._codecs, skip=lambda key: self.has(target, key)):
-                errors = self.stats[target].errors
-                self.queue.write(items, target)
-                if self.stats[target].errors != errors or _is_past(deadline):
-                    return False
+        for items in self._spilled(lambda key: self.has(target, key)):
+            errors = self.stats[target].errors
+            self.queue.write(items, target)
+            if self.stats[target].errors != errors or _is_past(deadline):
+                return False
         for tier in self.tiers[:target]:
             for item in tier.volatile_items():
                 self.queue.write([item], target)
                 if _is_past(deadline):
                     return False
         return True
+
+    def _spilled(self, skip: Callable[[bytes], bool]) -> Iterator[Sequence[Item]]:
+        if self._core is not None and self._store is not None:
+            yield from pool_items(self._core, self._store, self._codecs, skip=skip)
+        for source in self.sources:
+            yield from source(skip)
 
     def close(self, timeout: float = 5.0, *, everything: bool = True) -> bool:
         """Flush within ``timeout`` seconds and let go of every tier; whether nothing was lost.

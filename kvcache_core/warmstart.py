@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from itertools import chain
 from typing import Any, TypeVar
 
 from kvcache_core.attaching import Attaching
 from kvcache_core.blockformat import secret_from_environment
-from kvcache_core.errors import BlockRefused, StaleSequence
+from kvcache_core.errors import BlockRefused, StaleSequence, UsageError
 from kvcache_core.keys import root_key
 from kvcache_core.layout import BlockLayout
 from kvcache_core.poolitems import block_codecs, pool_items
@@ -53,6 +54,7 @@ class WarmStart(Attaching):
     def save(self, path: str | os.PathLike[str], *, max_bytes: str | int | None = None) -> int:
         """Write all full blocks that can be found to a file, for :meth:`load`; returns how many values it holds.
 
+        Activations too, if the cache has tiers.
         What was computed with weights as they were before a change is left out, and so is what lies in tiers that
         outlive the process. What the file that this cache was loaded from holds is kept. Other threads can go on
         meanwhile.
@@ -62,9 +64,14 @@ class WarmStart(Attaching):
             max_bytes: leave out what would make more bytes, as a number or text like ``"2GiB"``; the pool goes first.
 
         Raises:
-            UsageError: no model is attached.
+            UsageError: no model is attached, or activations are to be saved from a cache without tiers.
             OSError: the file cannot be written; what stood there before is untouched.
         """
+        self._check_attached()
+        secret = secret_from_environment()
+        limit = None if max_bytes is None else parse_memory(max_bytes)
+        if self._kind == "activation":
+            return write_saved(path, self._entry_settings(), self._saved_entries(), max_bytes=limit, secret=secret)
         self.refresh()
         layout, weights = layout_of(self.core), self._portable_identity()
         settings = {
@@ -74,34 +81,48 @@ class WarmStart(Attaching):
             "layout": layout.digest.hex(),
             "weights": weights.hex(),
         }
-        secret = secret_from_environment()
-        limit = None if max_bytes is None else parse_memory(max_bytes)
-        return write_saved(path, settings, self._saved_items(layout, weights, secret), max_bytes=limit, secret=secret)
+        items = chain(self._saved_blocks(layout, weights, secret), self._saved_entries())
+        return write_saved(path, settings, items, max_bytes=limit, secret=secret)
 
-    def _saved_items(self, layout: BlockLayout, weights: bytes, secret: bytes) -> Iterator[Iterable[Item]]:
-        """The pool under keys that any process finds, then what the tiers would lose with this one."""
+    def _saved_blocks(self, layout: BlockLayout, weights: bytes, secret: bytes) -> Iterator[Iterable[Item]]:
+        """The pool under keys that any process finds."""
         codecs = {
             root_key(layout.block_size, self.core.namespace, salt): block_codecs(layout, weights, salt, secret)
             for salt in self.core.salts()
         }
-        yield from pool_items(self.core, self.store, codecs, namespace=self._portable_namespace(layout))
+        return pool_items(self.core, self.store, codecs, namespace=self._portable_namespace(layout))
+
+    def _saved_entries(self) -> Iterator[Iterable[Item]]:
+        """Activations, and what the tiers would lose with this process."""
         if self._tiers is not None:
+            for source in self._tiers.sources:
+                yield from source(lambda key: False)
             self._tiers.queue.flush(None)
             for tier in self._tiers.tiers:
                 yield tier.values() if isinstance(tier, FileTier) else tier.volatile_items()
+
+    def _entry_settings(self) -> dict[str, Any]:
+        if self._tiers is None:
+            raise UsageError(
+                "activations are saved from a cache with tiers (tiers=['ram:1MiB'] will do): only there have they keys "
+                "that another process can make"
+            )
+        entries = self.sites.entries
+        return {"size": entries.size, "memory": entries.memory, "block_size": self._block_size, "dtype": self._dtype}
 
     @classmethod
     def _load_cache(cls: type[_C], path: str | os.PathLike[str], **options: Any) -> _C:
         with closing(FileTier(path)) as file:
             settings = file.settings
-        if "memory" not in options:
-            options.setdefault("size", settings["size"])
+        if "size" not in options and "memory" not in options:
+            options |= {name: settings[name] for name in ("size", "memory") if settings.get(name)}
         for name in ("block_size", "dtype"):
             options.setdefault(name, settings[name])
         tiers = options.pop("tiers", ())
         tiers = [tiers] if isinstance(tiers, str) else list(tiers)
         cache = cls(tiers=[*tiers, f"file:{os.fspath(path)}"], **options)
-        cache._saved_from = os.fspath(path), bytes.fromhex(settings["layout"]), bytes.fromhex(settings["weights"])
+        if "layout" in settings:
+            cache._saved_from = os.fspath(path), bytes.fromhex(settings["layout"]), bytes.fromhex(settings["weights"])
         return cache
 
     def _check_layout(self, layout: BlockLayout) -> None:

@@ -11,13 +11,16 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import record
 
-from kvcache_core.activation import ActivationSite, Bypassed
+from kvcache_core.activation import ActivationSite, Bypassed, RowFormat
+from kvcache_core.described import ModuleIdentity
 from kvcache_core.entries import EntryLookup
+from kvcache_core.entryformat import EntryForm, Payload
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.tree import Tree, flatten
 from kvcache_core.worth import Worth
 from kvcache_keras.context import not_recording, recording
 from kvcache_keras.fingerprint import Fingerprint
+from kvcache_keras.portable import export_row, layer_identity, restore_row
 
 if TYPE_CHECKING:
     from kvcache_keras.cache import KVCache
@@ -35,11 +38,12 @@ class Site(ActivationSite):
     def __init__(self, cache: KVCache, module: Any, *, identity: str | None, **options: Any) -> None:
         super().__init__(cache.sites.entries, module, Worth(auto=cache.bypass_rule == "auto"), **options)
         self._cache = cache
+        self.identity = ModuleIdentity(identity, type(module).__name__)
         self._identity = (identity or "").encode()
         self._number = cache.sites.number(module).to_bytes(8, "little")
         self._weights: Fingerprint | None = None
         self._taken: list[Any] | None = None
-        self.pending: OrderedDict[int, EntryLookup] = OrderedDict()
+        self.pending: OrderedDict[int, tuple[EntryLookup, EntryForm | None, Tree | None]] = OrderedDict()
         self._numbers = itertools.count(1)
 
     # ---- tensors -------------------------------------------------------------------------------
@@ -77,10 +81,24 @@ class Site(ActivationSite):
 
     def namespace(self) -> bytes:
         """What stands for the weights as they are now, the module, the salt."""
-        weights = self.weights
-        state = weights.digest() if self._taken is None else weights.digest_of_samples(self._taken)
-        fields = (state, self._number, self._identity, self._cache.salt, self._cache.epoch)
+        portable = None if self.entries.below is None else self.portable()
+        fields = (self._state(), self._number, self._identity, self._cache.salt, self._cache.epoch)
+        if portable is not None:
+            fields = (*portable, self._cache.epoch, b"", b"")
         return b"".join(len(field).to_bytes(4, "little") + field for field in fields)
+
+    def _state(self) -> bytes:
+        """What stands for the weights as they are now, in this process."""
+        return self.weights.digest() if self._taken is None else self.weights.digest_of_samples(self._taken)
+
+    def portable(self) -> tuple[bytes, bytes] | None:
+        """What stands for the layer with its weights in any process, and the salt; None if nothing does."""
+        weights = self.identity.of(self._state() + self._cache.epoch, lambda: layer_identity(self.module))
+        return None if weights is None else (weights, self._cache.salt)
+
+    def row_format(self) -> RowFormat:
+        """How a row becomes bits and a row again."""
+        return export_row, restore_row
 
     def mode(self) -> bytes:
         """How the module computes is among its arguments (``training``)."""
@@ -121,32 +139,39 @@ class Site(ActivationSite):
     # ---- a graph's two host calls --------------------------------------------------------------
 
     def begin(
-        self, tree: Tree, split: Sequence[bool], dtypes: Sequence[Any], arrays: Sequence[Any], samples: Sequence[Any]
+        self,
+        tree: Tree,
+        split: Sequence[bool],
+        dtypes: Sequence[Any],
+        arrays: Sequence[Any],
+        samples: Sequence[Any],
+        output: Tree | None,
     ) -> tuple[int, list[int]]:
         """Look up a running graph's samples; returns the call's number and the samples to compute."""
         self._taken = list(samples)
         try:
             keys = self.keys(tree, split, [tf.as_dtype(dtype) for dtype in dtypes], arrays, self.mode())
+            form = self.form(output)
         finally:
             self._taken = None
-        lookup = self.entries.look_up(keys)
+        lookup = self.entries.look_up(keys, form)
         number = next(self._numbers)
-        self.pending[number] = lookup
+        self.pending[number] = lookup, form, output
         while len(self.pending) > _PENDING_AT_MOST:
             self.pending.popitem(last=False)
         return number, lookup.compute
 
     def finish(self, number: int, outputs: Sequence[Any]) -> list[Any]:
         """Keep what a graph computed, its arrays [computed, ...], and give the whole result [B, ...]."""
-        lookup = self.pending.pop(number)
-        computed = []
-        if lookup.compute:
+        lookup, form, tree = self.pending.pop(number)
+        computed: list[Payload] = []
+        if lookup.compute and tree is not None:
             columns = [self.copies(output) for output in outputs]
-            computed = [[row for row, _ in rows] for rows in zip(*columns, strict=True)]
+            computed = [(tree, [row for row, _ in rows]) for rows in zip(*columns, strict=True)]
             sizes = [sum(size for _, size in rows) for rows in zip(*columns, strict=True)]
-            self.entries.keep(lookup, computed, sizes)
+            self.entries.keep(lookup, computed, sizes, form)
         payloads = [
-            computed[lookup.sources[sample]] if sample in lookup.sources else found
+            (computed[lookup.sources[sample]] if sample in lookup.sources else found)[1]
             for sample, found in enumerate(lookup.found)
         ]
         columns_out = list(zip(*payloads, strict=True))
@@ -192,7 +217,9 @@ def _graph_call(site: Site, original: Callable[..., Any], leaves: Sequence[_Tens
     samples = site.weights.sample()
 
     def begin(*arrays: Any) -> list[Any]:
-        number, compute = site.begin(tree, split, dtypes, arrays[: len(leaves)], arrays[len(leaves) :])
+        # A call that turned out not to be served has left this in the graph, and found nothing.
+        output = found[0] if found else None
+        number, compute = site.begin(tree, split, dtypes, arrays[: len(leaves)], arrays[len(leaves) :], output)
         return [np.int64(number), np.array(compute, np.int32)]
 
     number, rows = tf.numpy_function(begin, [*leaves, *samples], [tf.int64, tf.int32])

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvcache_core.activation import ActivationSite
+from kvcache_core.activation import ActivationSite, RowFormat
+from kvcache_core.described import ModuleIdentity
 from kvcache_core.errors import InvalidType
 from kvcache_core.tree import flatten
 from kvcache_core.worth import Worth
 from kvcache_torch.fingerprint import Fingerprint
+from kvcache_torch.portable import RowReader, export_row, module_identity
 
 if TYPE_CHECKING:
     from kvcache_torch.cache import KVCache
@@ -31,6 +33,7 @@ class Site(ActivationSite):
     def __init__(self, cache: KVCache, module: nn.Module, *, identity: str | None, **options: Any) -> None:
         super().__init__(cache.sites.entries, module, Worth(auto=cache.bypass_rule == "auto"), **options)
         self._cache = cache
+        self.identity = ModuleIdentity(identity, type(module).__name__)
         self._identity = (identity or "").encode()
         self._number = cache.sites.number(module).to_bytes(8, "little")
         self._modules = list(module.modules())
@@ -80,8 +83,21 @@ class Site(ActivationSite):
 
     def namespace(self) -> bytes:
         """What stands for the weights as they are now, the module, the salt."""
+        portable = None if self.entries.below is None else self.portable()
         fields = (self._weights.value, self._number, self._identity, self._cache.salt, self._cache.epoch)
+        if portable is not None:
+            fields = (*portable, self._cache.epoch, b"", b"")
         return b"".join(len(field).to_bytes(4, "little") + field for field in fields)
+
+    def portable(self) -> tuple[bytes, bytes] | None:
+        """What stands for the module with its weights in any process, and the salt; None if nothing does."""
+        weights = self.identity.of(self._weights.value + self._cache.epoch, lambda: module_identity(self.module))
+        return None if weights is None else (weights, self._cache.salt)
+
+    def row_format(self) -> RowFormat:
+        """How a row becomes bits and a row again."""
+        device = next((tensor.device for tensor in self._weights.tensors), torch.device("cpu"))
+        return export_row, RowReader(device)
 
     def mode(self) -> bytes:
         """Which modules are in training mode; autocast."""

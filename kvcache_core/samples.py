@@ -1,0 +1,80 @@
+"""The samples of a call: its inputs split along the batch, and a key for each."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcache_core.keys import KEY_BYTES
+from kvcache_core.tree import Tree
+
+__all__ = ["Samples", "sample_keys"]
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """A call's inputs, split along the batch.
+
+    Attributes:
+        count: B.
+        tree: the structure of ``(args, kwargs)``.
+        leaves: its tensors.
+        is_split: per tensor, whether sample b has row b of it; the others are seen whole by every sample.
+        keys: one per sample.
+    """
+
+    count: int
+    tree: Tree
+    leaves: list[Any]
+    is_split: list[bool]
+    keys: list[bytes]
+
+    def subset(self, take: Callable[[Any, Sequence[int]], Any], rows: Sequence[int]) -> list[Any]:
+        """The tensors of some of the samples."""
+        return [take(leaf, rows) if split else leaf for leaf, split in zip(self.leaves, self.is_split, strict=True)]
+
+
+def sample_keys(
+    prefix: bytes, split: Sequence[NDArray[Any]], shared: Sequence[NDArray[Any]], count: int
+) -> list[bytes]:
+    """A 128-bit key per sample: a digest of the sample's rows, bit by bit, and of everything all samples share.
+
+    Args:
+        prefix: namespace, salt, and the inputs' structure and flags.
+        split: arrays [B, ...] of which sample b has row b.
+        shared: arrays that every sample sees whole.
+        count: B.
+    """
+    common = blake2b(digest_size=KEY_BYTES)
+    _update(common, prefix)
+    for kind, arrays in ((b"S", split), (b"W", shared)):
+        for array in arrays:
+            shape = array.shape[1:] if kind == b"S" else array.shape
+            _update(common, kind + f"{array.dtype.str}{shape}".encode())
+            if kind == b"W":
+                common.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+    rows = [_rows(array, count) for array in split]
+    keys = []
+    for sample in range(count):
+        digest = common.copy()
+        for array in rows:
+            digest.update(array[sample])
+        keys.append(digest.digest())
+    return keys
+
+
+def _update(digest: Any, field: bytes) -> None:
+    digest.update(struct.pack("<Q", len(field)) + field)
+
+
+def _rows(array: NDArray[Any], count: int) -> NDArray[np.uint8]:
+    """The array's bytes, [B, bytes of a row]."""
+    array = np.ascontiguousarray(array)
+    size = array.nbytes // count
+    return array.reshape(count, array.size // count).view(np.uint8).reshape(count, size)
