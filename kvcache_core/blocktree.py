@@ -200,7 +200,9 @@ class BlockTree(SortedChildren):
             assert attached == {block: int(node) for block, node in enumerate(nodes) if node}
             assert set(attached.values()) <= alive
         assert set(self._open) == {node for tails in self._open_tails.values() for node in tails} <= alive
-        children = dict(self._children)
+        children = {parent: [*siblings] for parent, siblings in self._children.items()}
+        for siblings in self._children.values():
+            siblings.check_valid()
         for node in alive:
             assert (self._only_child[node] == MANY) == (node in self._children)
             if self._only_child[node] > 0:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 from kvcache_core.nodes import NodeTable
+from kvcache_core.siblings import Siblings
 from kvcache_core.types import NodeId
 
 __all__ = ["MANY", "NO_EXTRAS", "Extras", "SortedChildren"]
@@ -30,7 +30,7 @@ class SortedChildren(NodeTable):
         super().__init__(block_size, pool_sizes)
         self._roots: dict[tuple[bytes, bytes], int] = {}
         self._root_of: dict[int, tuple[bytes, bytes]] = {}
-        self._children: dict[int, list[int]] = {}
+        self._children: dict[int, Siblings] = {}
         self._extras: dict[int, Extras] = {}
 
     def extras(self, node: int) -> Extras:
@@ -46,12 +46,11 @@ class SortedChildren(NodeTable):
         only = self._only_child[parent]
         if only != MANY:
             return only if only and self.token_bytes(only) == tokens and self.extras(only) == extras else 0
-        children = self._children[parent]
-        at = bisect_left(children, tokens, key=self.token_bytes)
-        while at < len(children) and self.token_bytes(children[at]) == tokens:
-            if self.extras(children[at]) == extras:
-                return children[at]
-            at += 1
+        for node in self._children[parent].from_(tokens):
+            if self.token_bytes(node) != tokens:
+                break
+            if self.extras(node) == extras:
+                return node
         return 0
 
     def open_root(self, namespace: bytes, salt: bytes) -> NodeId:
@@ -69,23 +68,17 @@ class SortedChildren(NodeTable):
         if not only:
             self._only_child[parent] = node
             return
-        if only == MANY:
-            children = self._children[parent]
-        else:
+        if only != MANY:
             self._only_child[parent] = MANY
-            children = self._children[parent] = [only]
-        children.insert(bisect_left(children, self.token_bytes(node), key=self.token_bytes), node)
+            self._children[parent] = Siblings(self.token_bytes, only)
+        self._children[parent].add(node)
 
     def _unlink(self, node: int, parent: int) -> None:
         if self._only_child[parent] == node:
             self._only_child[parent] = 0
             return
-        children = self._children[parent]
-        at = bisect_left(children, self.token_bytes(node), key=self.token_bytes)
-        # Equal heads may stand side by side: two closed tails with the same tokens but other extra keys.
-        while children[at] != node:
-            at += 1
-        del children[at]
-        if len(children) == 1:
-            self._only_child[parent] = children[0]
+        siblings = self._children[parent]
+        siblings.remove(node)
+        if only := siblings.only():
+            self._only_child[parent] = only
             del self._children[parent]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -105,24 +104,24 @@ class PrefixIndex(BlockTree):
         tails = self._open_tails.get(parent, ())
         found = [(self._shared(node, tokens, extras), node) for node in tails if node not in self._in_step]
         only = self._only_child[parent]
-        children = self._children[parent] if only == MANY else [only] if only else []
+        lefts: Iterator[int] = iter(())
+        rights: Iterator[int] = iter((only,) if only > 0 else ())
+        if only == MANY:
+            data, siblings = tokens.tobytes(), self._children[parent]
+            lefts, rights = siblings.before(data), siblings.from_(data)
         if extras or self._extras:
             # Extra keys are not part of the sort order: look at every child.
-            found += [(self._shared(node, tokens, extras), node) for node in children]
-            children = []
-        if not found and not children:
-            return
-        yield from self._merge_heads(sorted(found), children, tokens)
+            found += [(self._shared(node, tokens, extras), node) for node in (*lefts, *rights)]
+        yield from self._merge_heads(sorted(found), lefts, rights, tokens)
 
     def _merge_heads(
-        self, found: list[tuple[int, int]], children: list[int], tokens: TokenArray
+        self, found: list[tuple[int, int]], lefts: Iterator[int], rights: Iterator[int], tokens: TokenArray
     ) -> Iterator[tuple[int, NodeId]]:
         """Walk outwards from where ``tokens`` would stand among the sorted children."""
-        right = bisect_left(children, tokens.tobytes(), key=self.token_bytes)
-        left = right - 1
+        left, right = next(lefts, 0), next(rights, 0)
         while True:
-            best_left = self._shared(children[left], tokens) if left >= 0 else 0
-            best_right = self._shared(children[right], tokens) if right < len(children) else 0
+            best_left = self._shared(left, tokens) if left else 0
+            best_right = self._shared(right, tokens) if right else 0
             best_open = found[-1][0] if found else 0
             best = max(best_left, best_right, best_open)
             if not best:
@@ -130,11 +129,11 @@ class PrefixIndex(BlockTree):
             if best == best_open:
                 yield best, NodeId(found.pop()[1])
             elif best == best_right:
-                yield best, NodeId(children[right])
-                right += 1
+                yield best, NodeId(right)
+                right = next(rights, 0)
             else:
-                yield best, NodeId(children[left])
-                left -= 1
+                yield best, NodeId(left)
+                left = next(lefts, 0)
 
     def _shared(self, node: int, tokens: TokenArray, extras: Extras = NO_EXTRAS) -> int:
         """How many leading tokens (with equal extra keys) ``node`` shares with ``tokens``."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcache_core import siblings
 from kvcache_core.keys import block_extras, chain_keys, root_key
 from kvcache_core.prefix import PrefixIndex
 from tests.strategies import common_head
@@ -108,6 +110,31 @@ def test_nothing_is_left_when_every_block_went(grown, rng):
     assert len(index) == 1
     index.unpin(root)
     assert len(index) == 0
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=60), st.integers(0, 40))
+def test_siblings_are_a_sorted_list(changes, probe):
+    """In parts of two, against `sorted`; several nodes have the same tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(siblings, "_PART", 2)
+
+        def key(node):
+            return bytes([node // 3])
+
+        kept, expected = siblings.Siblings(key, 1), {1}
+        for add, node in changes:
+            if add and node not in expected:
+                kept.add(node)
+                expected.add(node)
+            elif not add and node in expected and len(expected) > 1:
+                kept.remove(node)
+                expected.remove(node)
+            kept.check_valid()
+        assert sorted(kept) == sorted(expected)
+        assert kept.only() == (next(iter(expected)) if len(expected) == 1 else 0)
+        wanted = bytes([probe // 3])
+        assert [*kept.from_(wanted)] == [node for node in kept if key(node) >= wanted]
+        assert [*kept.before(wanted)][::-1] == [node for node in kept if key(node) < wanted]
 
 
 def test_nodes_are_used_again():

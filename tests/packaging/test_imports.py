@@ -20,7 +20,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("keys", "stats", "admission", "tree", "weights", "worth", "analysis", "progress"),
     ("inputs", "layout", "samples"),
     ("quantization", "blockformat", "statefile"),
-    ("runs", "lru", "nodes"),
+    ("runs", "lru", "nodes", "siblings"),
     ("pool", "children"),
     ("blocktree",),
     ("prefix",),
