@@ -28,6 +28,7 @@ from kvcache_torch.linear import pack_weights as pack
 from kvcache_torch.linear import unpack_weights as unpack
 from kvcache_torch.native import use_native
 from kvcache_torch.parameters import persistent, values_of
+from kvcache_torch.paged import use_paged
 from kvcache_torch.recompute import recompute, target_scores, widened
 from kvcache_torch.step import Step
 from kvcache_torch.store import TensorStore, stored_dtype_name, torch_dtype
@@ -147,9 +148,10 @@ class KVCache(FrontendCache):
         Steps of one token per row then run through ``torch.compile``: one graph for a single row, one for any larger
         number, each compiled at its first use. On a CPU, attention of decode steps and
         :func:`kvcache_torch.linear` of few rows run in kernels that are compiled for this machine and used by the whole
-        process. Prompts and ``model(x)`` run as before. Where nothing can be compiled (no C++ compiler on a CPU) a
-        warning says so and steps run as before; models of transformers are not compiled, only their attention uses the
-        kernel. Call it again after attaching another model.
+        process; on a GPU, attention reads by block table where FlashInfer, FlashAttention or FlexAttention can
+        (:mod:`kvcache_torch.paged`). Prompts and ``model(x)`` run as before on a CPU. Where nothing can be compiled (no
+        C++ compiler on a CPU) a warning says so and steps run as before; models of transformers are not compiled, only
+        their attention uses the kernel. Call it again after attaching another model.
 
         Args:
             pack_weights: on a CPU, also keep a copy of every float32 matrix in the order that is read fastest when
@@ -168,6 +170,7 @@ class KVCache(FrontendCache):
             warnings.warn(f"decode steps are not compiled: {problem}", KVCacheWarning, stacklevel=2)
         else:
             use_native()
+            use_paged()
             self._driver.compile()
 
     def invalidate(self) -> None:

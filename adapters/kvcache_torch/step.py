@@ -14,6 +14,7 @@ from kvcache_core.extents import packed_extents, past_extents
 from kvcache_core.plan import GroupPlan, StepPlan
 from kvcache_torch.kernels import attend_all, attend_masked, attend_with_lse
 from kvcache_torch.native import DecodeReads, active
+from kvcache_torch.paged import PagedReads, choose
 from kvcache_torch.reading import Read, attend_reads, plan_reads
 from kvcache_torch.recorder import check_query
 from kvcache_torch.store import TensorStore
@@ -96,6 +97,7 @@ class Step:
         # Per (group, row), made by the first layer and the same for all others.
         self._masks: dict[tuple[int, int], Tensor] = {}
         self._indices: dict[tuple[int, int], Tensor] = {}
+        self._paged_reads: dict[tuple[int, int, int, torch.dtype], PagedReads | None] = {}
         for number, group in enumerate(plan.groups):
             store.copy_blocks(number, group.copies)
 
@@ -134,12 +136,24 @@ class Step:
             if group.single is not None and softcap is None:
                 at, end = group.single
                 return attend_all(q, keys[None, :, at:end], values[None, :, at:end], scale)
+        paged = self._paged(number, q, keys, values)
+        if paged is not None:
+            return paged.attend(q, keys, values, scale, softcap)
         if softcap is not None or not group.sees_all:
             return self._attend_masked(q, keys, values, number, group.group.extents, scale, softcap)
         if group.decodes:
             return attend_reads(group.reads, q, keys, values, scale)
         new = attend_with_lse(q, k, v, scale, causal=True)
         return attend_reads(group.reads, q, keys, values, scale, new)
+
+    def _paged(self, number: int, q: Tensor, keys: Tensor, values: Tensor) -> PagedReads | None:
+        """What reads the layer by block table, where a GPU has a kernel for it."""
+        if q.device.type != "cuda":
+            return None
+        key = (number, q.shape[1], q.shape[3], q.dtype)
+        if key not in self._paged_reads:
+            self._paged_reads[key] = choose(self.plan, number, q, keys, values)
+        return self._paged_reads[key]
 
     def _attend_converted(
         self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float | None, softcap: float | None
