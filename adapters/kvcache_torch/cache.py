@@ -27,8 +27,8 @@ from kvcache_torch.intercept import Extras
 from kvcache_torch.linear import pack_weights as pack
 from kvcache_torch.linear import unpack_weights as unpack
 from kvcache_torch.native import use_native
-from kvcache_torch.parameters import persistent, values_of
 from kvcache_torch.paged import use_paged
+from kvcache_torch.parameters import persistent, values_of
 from kvcache_torch.recompute import recompute, target_scores, widened
 from kvcache_torch.step import Step
 from kvcache_torch.store import TensorStore, stored_dtype_name, torch_dtype

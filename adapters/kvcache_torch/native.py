@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from array import array
 from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate, chain
@@ -79,8 +80,8 @@ class DecodeReads:
         self._pieces = len(pieces)
         self._readers = len(readers)
         lists = (list(chain.from_iterable(pieces)), readers, slots, starts, list(chain.from_iterable(mine)))
-        self._numbers = [(ctypes.c_int64 * len(numbers))(*numbers) for numbers in lists]
-        self._lists = [ctypes.addressof(numbers) for numbers in self._numbers]
+        self._numbers = [array("q", numbers) for numbers in lists]
+        self._lists = [numbers.buffer_info()[0] for numbers in self._numbers]
         self._scratch: Tensor | None = None
 
     @staticmethod
