@@ -23,6 +23,7 @@ class Attaching(ModelBinding):
         outputs: str = "all",
         identity: str | None = None,
         kind: str | None = None,
+        frames: int | None = None,
         shared: Sequence[str] = (),
         side_effects: bool = False,
     ) -> Any:
@@ -41,6 +42,8 @@ class Attaching(ModelBinding):
             identity: a name for these weights, ``"name@version"``, instead of a digest of their content.
             kind: ``"tokens"`` or ``"activation"``. A cache serves one token model, and as many modules as are
                 attached with ``"activation"``.
+            frames: F of a model that takes frames [B, T, F] of floating-point numbers (sound, sensor values) instead
+                of token ids: sequences are then opened and stepped with frames [T, F], found again by their content.
             shared: for activations: keyword arguments whose tensors belong to all samples, whatever their first
                 dimension. Without it, tensors with the batch's first dimension are split into samples.
             side_effects: for activations: the module does more than compute its output, so every call runs it.
@@ -52,6 +55,12 @@ class Attaching(ModelBinding):
             raise InvalidInput(f"kind must be 'tokens', 'activation' or None, got {kind!r}")
         if outputs not in ("all", "last"):
             raise InvalidInput(f"outputs must be 'all' or 'last', got {outputs!r}")
+        if frames is not None:
+            if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
+                raise InvalidInput(f"frames must be the size F of a frame, at least 1, or None; got {frames!r}")
+            if kind == "activation":
+                raise InvalidInput("frames= is for a model that is served per token; leave kind='activation' out")
+            kind = "tokens"
         other = attached_to(model)
         if other is not None and other is not self:
             raise UsageError("the model is attached to another cache; call that cache's detach() first")
@@ -68,12 +77,12 @@ class Attaching(ModelBinding):
             self.sites.add(self._new_site(model, **options))
         if self.model is not None and self.model is not model:
             return model
-        if self._served() is not model or outputs != self.outputs:
+        if self._served() is not model or (outputs, frames) != (self.outputs, self.frames):
             # Another model, or another layout: what is stored does not fit it.
             self._core = self._store = self.spec = None
         self._served = weakref.ref(model)
         self._identified = self._named_at = None
-        self.model, self.outputs, self.identity = model, outputs, identity
+        self.model, self.outputs, self.identity, self.frames = model, outputs, identity, frames
         self._kind, self._site_options = kind or ("tokens" if self._core is not None else None), options
         return model
 

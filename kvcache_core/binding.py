@@ -74,6 +74,8 @@ class ModelBinding(Adapter):
         self.looks = 0
         self._served: Callable[[], Any] = lambda: None
         self.outputs = "all"
+        self.frames: int | None = None
+        """F, where the attached model takes frames [B, T, F] instead of token ids."""
         self.identity: str | None = None
         self.spec: ModelSpec | None = None
         self._core: BlockCache | None = None

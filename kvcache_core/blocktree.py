@@ -99,7 +99,7 @@ class BlockTree(SortedChildren):
         return nodes
 
     def set_extras(self, node: int, extras: Extras) -> None:
-        """Give a new node its extra keys."""
+        """Give a new node, or an open tail, its extra keys."""
         if extras:
             self._extras[node] = extras
 

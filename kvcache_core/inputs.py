@@ -70,7 +70,7 @@ def _sample(values: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def checked_extras(extra_keys: Mapping[int, bytes] | None) -> Mapping[int, bytes]:
+def checked_extras(extra_keys: Mapping[int, bytes] | None) -> dict[int, bytes]:
     """A copy of the extra keys; raises InvalidInput unless they map positions to bytes."""
     if not extra_keys:
         return {}

@@ -67,4 +67,8 @@ def chain_keys(root: bytes, tokens: bytes, block_size: int, extra_keys: Mapping[
 def block_extras(extra_keys: Mapping[int, bytes], block_index: int, block_size: int) -> dict[int, bytes]:
     """The extra keys that fall into one block, by offset in the block."""
     first = block_index * block_size
-    return {position - first: value for position, value in extra_keys.items() if first <= position < first + block_size}
+    if len(extra_keys) <= block_size:
+        end = first + block_size
+        return {position - first: value for position, value in extra_keys.items() if first <= position < end}
+    found = ((offset, extra_keys.get(first + offset)) for offset in range(block_size))
+    return {offset: value for offset, value in found if value is not None}

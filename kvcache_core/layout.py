@@ -12,6 +12,7 @@ __all__ = [
     "DTYPE_BYTES",
     "MODEL_DTYPES",
     "SCALED_DTYPES",
+    "STATE_WINDOW",
     "ArraySpec",
     "BlockLayout",
     "LayerSpec",
@@ -32,16 +33,19 @@ SCALED_DTYPES = ("float8_e4m3", "int8")
 _BITS = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "float8_e4m3": "<u1", "int8": "<i1"}
 """Little-endian numpy dtypes; float types that numpy lacks as unsigned integers."""
 
-_KINDS = ("attention", "output")
+_KINDS = ("attention", "state", "output")
+
+STATE_WINDOW = 2
+"""A state layer's window: a token needs what the token before it left behind, so it sees that token's block."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArraySpec:
-    """One named array of a layer; a token's entry has shape [heads, size].
+    """One named array of a layer; an entry (a token's, or a state) has shape [heads, size].
 
     Args:
         name: the array's name, for example ``"k"`` or ``"v"``.
-        heads: H, heads stored per token.
+        heads: H, heads stored per entry.
         size: D, elements per head.
         dtype: element type, or None for the layout's.
     """
@@ -62,20 +66,22 @@ class ArraySpec:
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """What one layer stores per token.
+    """What one layer stores per token, or per block: the state behind the block's last token.
 
     Args:
         arrays: the named arrays. K and V may differ in head size; a latent-attention layer has one array.
         window: None for full causal attention; w for a sliding window: a token sees itself and the w - 1
             tokens before it.
-        kind: ``"attention"``, or ``"output"`` for the stored result of the whole model. Cross-attention,
-            chunked and fixed-size state layers will be further kinds.
+        kind: ``"attention"``; ``"state"`` for a layer whose past is one state of fixed size, whatever the number of
+            tokens; or ``"output"`` for the stored result of the whole model.
 
     Example:
         >>> LayerSpec.attention(heads=3, head_size=64).elements_per_token
         384
         >>> LayerSpec.latent(size=576).elements_per_token
         576
+        >>> LayerSpec.state(rows=3, size=64).elements_per_token
+        0
     """
 
     arrays: tuple[ArraySpec, ...]
@@ -90,6 +96,8 @@ class LayerSpec:
             raise InvalidInput(f"window must be at least 1 token, got {self.window}; use None for full attention")
         if self.kind not in _KINDS:
             raise InvalidInput(f"layer kind must be one of {_KINDS}, got {self.kind!r}")
+        if self.kind == "state" and self.window != STATE_WINDOW:
+            raise InvalidInput(f"a state layer has window={STATE_WINDOW}, got {self.window}; use LayerSpec.state")
 
     @classmethod
     def attention(
@@ -105,14 +113,23 @@ class LayerSpec:
         return cls((ArraySpec("latent", 1, size),), window=window)
 
     @classmethod
+    def state(cls, rows: int, size: int, dtype: str | None = None) -> LayerSpec:
+        """A state [rows, size] behind the last token, like a causal convolution's last inputs.
+
+        A block holds one: the state behind the block's last token. So a match ends where a state is (at a block's end,
+        or where an unfinished block ends now), and a sequence is truncated to a block's end only.
+        """
+        return cls((ArraySpec("state", rows, size, dtype),), window=STATE_WINDOW, kind="state")
+
+    @classmethod
     def output(cls, size: int, dtype: str | None = None) -> LayerSpec:
         """The model's own result per token, kept so that a cached prefix can be answered whole."""
         return cls((ArraySpec("output", 1, size, dtype),), kind="output")
 
     @property
     def elements_per_token(self) -> int:
-        """Elements stored per token, all arrays."""
-        return sum(array.heads * array.size for array in self.arrays)
+        """Elements stored per token, all arrays; a state layer stores none."""
+        return 0 if self.kind == "state" else sum(array.heads * array.size for array in self.arrays)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +140,7 @@ class PackedArray:
         layer: its layer.
         name: its name.
         dtype: its element type.
-        shape: (block_size, H, D), the last one fastest.
+        shape: (entries, H, D), the last one fastest; entries is the block size, or 1 for a state.
         offset: its first byte in the packed block.
         bits: the little-endian numpy dtype of its elements, or of their bits where numpy has no such type.
     """
@@ -168,7 +185,7 @@ class BlockLayout:
     dtype: str = "float32"
     groups: tuple[tuple[str, int | None], ...] = field(init=False, compare=False)
     """(kind, window) of each layer group: layers with equal kind and window share one block table. Attention
-    comes before stored outputs, full attention before windows."""
+    comes before states and states before stored outputs, full attention before windows."""
 
     def __init__(self, layers: Sequence[LayerSpec], block_size: int = 16, dtype: str = "float32") -> None:
         if not layers:
@@ -180,7 +197,7 @@ class BlockLayout:
         object.__setattr__(self, "block_size", block_size)
         object.__setattr__(self, "dtype", dtype)
         distinct = {(layer.kind, layer.window) for layer in layers}
-        ordered = sorted(distinct, key=lambda group: (group[0], group[1] is not None, group[1] or 0))
+        ordered = sorted(distinct, key=lambda group: (_KINDS.index(group[0]), group[1] is not None, group[1] or 0))
         object.__setattr__(self, "groups", tuple(ordered))
         for layer in range(len(layers)):
             names = [array.name for array in self.stored(layer)]
@@ -206,7 +223,14 @@ class BlockLayout:
         return tuple(found)
 
     def layer_bytes_per_token(self, layer: int) -> int:
-        """Bytes one token takes in one layer."""
+        """Bytes one token takes in one layer; a state layer takes bytes per block only."""
+        return 0 if self.layers[layer].kind == "state" else self._entry_bytes(layer)
+
+    def entries_per_block(self, layer: int) -> int:
+        """How many entries [H, D] a block has in each array of a layer: one per token, or one state."""
+        return 1 if self.layers[layer].kind == "state" else self.block_size
+
+    def _entry_bytes(self, layer: int) -> int:
         return sum(a.heads * a.size * DTYPE_BYTES[self.array_dtype(a)] for a in self.stored(layer))
 
     def packed(self, group: int) -> tuple[PackedArray, ...]:
@@ -218,7 +242,7 @@ class BlockLayout:
                 continue
             for array in self.stored(layer):
                 dtype = self.array_dtype(array)
-                shape = (self.block_size, array.heads, array.size)
+                shape = (self.entries_per_block(layer), array.heads, array.size)
                 packed = PackedArray(layer, array.name, dtype, shape, offset, _BITS[dtype])
                 arrays.append(packed)
                 offset += packed.nbytes
@@ -231,13 +255,13 @@ class BlockLayout:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes one token takes, all layers."""
+        """Bytes one token takes, all layers; states, which are kept per block, apart."""
         return sum(self.layer_bytes_per_token(index) for index in range(len(self.layers)))
 
     @property
     def bytes_per_block(self) -> int:
         """Bytes one block takes, all layers."""
-        return self.bytes_per_token * self.block_size
+        return sum(self._entry_bytes(layer) * self.entries_per_block(layer) for layer in range(len(self.layers)))
 
     @property
     def digest(self) -> bytes:

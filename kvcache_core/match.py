@@ -53,9 +53,9 @@ def match_prefix(
 ) -> PrefixMatch:
     """The longest cached head of ``tokens``, never all of them: the last token is always computed.
 
-    Full-attention groups need every block of the head; a window group needs only its last window. The
-    shortest answer wins. Behind the full blocks the child that shares the longest head with the rest is
-    added as a partial block; it is copied before it is written.
+    Full-attention groups need every block of the head; a window group needs only its last window, a state
+    group the state behind the head's last token. The shortest answer wins. Behind the full blocks the child
+    that shares the longest head with the rest is added as a partial block; it is copied before it is written.
     """
     size = index.block_size
     limit = len(tokens) - 1
@@ -119,7 +119,10 @@ def _best_head(
     if not len(rest) or not parent:
         return None
     extras = block_extras(extra_keys, count, index.block_size) if extra_keys else {}
+    has_states = any(group.kind == "state" for group in groups)
     for shared, node in index.heads(parent, rest, extras):
+        if has_states and shared < index.fill(node):
+            continue  # its state is behind tokens that this prompt has not
         if all(index.block(number, node) for number in range(len(groups))):
             return shared, node
     return None

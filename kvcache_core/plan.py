@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping as _Mapping
 from collections.abc import Sequence as _Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +33,11 @@ class Reservation:
         tables: its block tables, one per group. Entries that a plan can see never change in place (whoever
             changes one puts a new list into the sequence), so a plan's arrays may be made at any later time.
         table_lengths: how long the tables were before the step; None for a row that stays in its last block.
-        copied: per group, the shared block that a copy replaced in the table.
+        copied: per group, the last block that another one replaced in the table, 0 where it stays; None if all stay.
         room: the sequence's room before the step, if the step fits in it.
+        extra_keys: {position: bytes}, of the new tokens that have one.
+        own_tail: whether the sequence goes on in its own last block, so that only states, which are never written over,
+            were replaced.
     """
 
     seq: Sequence
@@ -42,6 +47,8 @@ class Reservation:
     table_lengths: list[int] | None
     copied: list[int] | None
     room: int = 0
+    own_tail: bool = False
+    extra_keys: _Mapping[int, bytes] | None = None
 
 
 class StepPlan:
@@ -52,16 +59,18 @@ class StepPlan:
 
     Args:
         rows: what was reserved.
-        windows: the window of each layer group that the rows use.
+        kinds: (kind, window) of each layer group that the rows use.
         block_size: tokens per block.
     """
 
-    def __init__(self, rows: _Sequence[Reservation], windows: _Sequence[int | None], block_size: int) -> None:
+    def __init__(self, rows: _Sequence[Reservation], kinds: _Sequence[tuple[str, int | None]], block_size: int) -> None:
         self.rows = rows
-        self.windows = windows
+        self.kinds = kinds
         self.block_size = block_size
         self.finished = False
         """Whether the plan was committed or rolled back."""
+        self.frames: NDArray[Any] | None = None
+        """Float [B, T, F], padded on the right: what a model that takes frames computes instead of ``tokens``."""
 
     @cached_property
     def seqs(self) -> tuple[Sequence, ...]:
@@ -101,7 +110,7 @@ class StepPlan:
     @cached_property
     def groups(self) -> tuple[GroupPlan, ...]:
         """One :class:`GroupPlan` per layer group that the sequences use, in the layout's order."""
-        return tuple(GroupPlan(self, number) for number in range(len(self.windows)))
+        return tuple(GroupPlan(self, number) for number in range(len(self.kinds)))
 
     @property
     def slots(self) -> IntArray:
@@ -135,13 +144,14 @@ class StepPlan:
 
     def __repr__(self) -> str:
         state = "finished" if self.finished else "open"
-        return f"<StepPlan {state}, {len(self.rows)} rows, {len(self.windows)} layer groups>"
+        return f"<StepPlan {state}, {len(self.rows)} rows, {len(self.kinds)} layer groups>"
 
 
 class GroupPlan:
-    """The part of a plan that belongs to one layer group (layers with the same window).
+    """The part of a plan that belongs to one layer group (layers of the same kind, with the same window).
 
     Attributes:
+        kind: the group's kind.
         window: the group's window in tokens, or None.
         block_size: tokens per block.
     """
@@ -149,7 +159,7 @@ class GroupPlan:
     def __init__(self, plan: StepPlan, number: int) -> None:
         self._plan = plan
         self._number = number
-        self.window = plan.windows[number]
+        self.kind, self.window = plan.kinds[number]
         self.block_size = plan.block_size
 
     @property
@@ -190,14 +200,44 @@ class GroupPlan:
 
     @cached_property
     def copies(self) -> NDArray[np.int32]:
-        """int32 [C, 2], (source, destination) blocks to copy before anything is written."""
+        """int32 [C, 2], (source, destination) blocks to copy before anything is written; a state is written anew."""
         number, size = self._number, self.block_size
+        if self.kind == "state":
+            return np.zeros((0, 2), np.int32)
         pairs = [
             (row.copied[number], row.tables[number][row.start // size])
             for row in self._plan.rows
-            if row.copied is not None
+            if row.copied is not None and row.copied[number]
         ]
         return np.array(pairs, np.int32).reshape(-1, 2)
+
+    @cached_property
+    def state_reads(self) -> NDArray[np.int32]:
+        """int32 [B], of a state group: the block with the state behind the token before the step; 0 at the start."""
+        number, size = self._number, self.block_size
+        found = []
+        for row in self._plan.rows:
+            at, offset = divmod(row.start, size)
+            if offset and row.copied is not None:
+                found.append(row.copied[number])
+            else:
+                found.append(row.tables[number][at - 1] if at else 0)
+        return np.array(found, np.int32)
+
+    @cached_property
+    def state_writes(self) -> NDArray[np.int32]:
+        """int32 [N, 3], of a state group: (row, new tokens, block) says that the state behind so many of the row's new
+        tokens goes into the block: at the end of every block that the step fills, and behind its last token.
+
+        No block is among :attr:`state_reads`, so a step that fails has changed no state.
+        """
+        size, found = self.block_size, []
+        for number, row in enumerate(self._plan.rows):
+            end = row.start + len(row.tokens)
+            table = row.tables[self._number]
+            blocks = range(row.start // size, -(-end // size))
+            found += [(number, min((at + 1) * size, end) - row.start, table[at]) for at in blocks]
+        return np.array(found, np.int32)
 
     @cached_property
     def extents(self) -> list[list[tuple[int, int, int]]]:

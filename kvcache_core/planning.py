@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as _Sequence
 from dataclasses import replace
 from operator import gt
 
 from kvcache_core.errors import CacheFull, InvalidInput, StaleSequence, StepError
-from kvcache_core.inputs import MAX_TOKEN, token_array
+from kvcache_core.inputs import MAX_TOKEN, checked_extras, token_array
 from kvcache_core.match import first_visible_block
 from kvcache_core.plan import Reservation, StepPlan
 from kvcache_core.sequence import Sequence
@@ -20,8 +21,19 @@ __all__ = ["PlannedSteps"]
 class PlannedSteps(OpenSequences):
     """A step is a transaction: everything is checked and taken before anything is written."""
 
-    def plan(self, seqs: _Sequence[Sequence], token_ids: _Sequence[TokenIds]) -> StepPlan:
+    def plan(
+        self,
+        seqs: _Sequence[Sequence],
+        token_ids: _Sequence[TokenIds],
+        *,
+        extra_keys: _Sequence[Mapping[int, bytes]] | None = None,
+    ) -> StepPlan:
         """Reserve a step: row b appends ``token_ids[b]`` (one or more tokens) to ``seqs[b]``.
+
+        Args:
+            seqs: the rows.
+            token_ids: one or more new tokens per row.
+            extra_keys: per row, {number of the new token: bytes}, as :meth:`open` takes them for a prompt.
 
         Raises:
             CacheFull: not enough blocks; nothing was changed.
@@ -36,6 +48,9 @@ class PlannedSteps(OpenSequences):
             )
         if len({id(seq) for seq in seqs}) != len(seqs):
             raise InvalidInput("a sequence stands in the step twice; fork it to continue it in two ways")
+        extras = None if extra_keys is None else [checked_extras(keys) for keys in extra_keys]
+        if extras is not None and len(extras) != len(seqs):
+            raise InvalidInput(f"extra_keys must be one mapping per row, got {len(extras)} for {len(seqs)} rows")
         with self._lock:
             for seq in seqs:
                 self._check_mine(seq)
@@ -57,7 +72,9 @@ class PlannedSteps(OpenSequences):
                     raise
                 self._room.return_reserved(self._open.values())
                 rows = self._room.reserve(pairs)
-            return StepPlan(rows, self._windows[:used], self.block_size)
+            for row, keys in zip(rows, extras or (), strict=False):
+                row.extra_keys = {row.start + at: key for at, key in keys.items()}
+            return StepPlan(rows, self._kinds[:used], self.block_size)
 
     def commit(
         self, plan: StepPlan, tokens: _Sequence[TokenIds] | None = None, *, unwritten: _Sequence[int] = ()
@@ -73,8 +90,8 @@ class PlannedSteps(OpenSequences):
                 passed them. They are not published.
 
         Raises:
-            InvalidInput: ``tokens`` is not as many as that, or a block that is still visible is said to be
-                unwritten; nothing was changed and the step is still open.
+            InvalidInput: ``tokens`` is not as many as that (or fewer than planned, with state layers), or a block that
+                is still visible is said to be unwritten; nothing was changed and the step is still open.
             StepError: the plan was committed or rolled back before.
 
         Example:
@@ -85,6 +102,9 @@ class PlannedSteps(OpenSequences):
             [1, 2, 7]
         """
         rows = plan.rows if tokens is None else _with_tokens(plan, tokens)
+        pairs = zip(rows, plan.rows, strict=True)
+        if self._has_states and any(len(row.tokens) != len(own.tokens) for row, own in pairs):
+            raise InvalidInput("a step with state layers is committed as planned: its states are behind all its tokens")
         with self._lock:
             skipped = self._unwritten(rows, unwritten) if any(unwritten) else []
             self._finish(plan, "commit")

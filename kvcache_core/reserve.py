@@ -28,6 +28,7 @@ class Room:
         self.groups = tails.groups
         self.index = tails.index
         self.block_size = tails.block_size
+        self._has_states = any(group.kind == "state" for group in self.groups)
 
     def reserve(self, rows: _Sequence[_Row]) -> list[Reservation]:
         """Take every block the rows need, or raise :class:`CacheFull` before anything is changed."""
@@ -57,22 +58,21 @@ class Room:
             length = row.table_lengths[number]
             group.pool.release(table[length:])
             restored = table[:length]
-            if row.copied is not None:
+            if row.copied is not None and row.copied[number]:
                 group.pool.release([table[at]])
                 restored[at] = row.copied[number]
             seq.tables[number] = restored
 
     def fits_unreserved(self, rows: _Sequence[_Row], seqs: Iterable[Sequence]) -> bool:
         """Whether the rows would fit if ``seqs`` gave back what they reserved ahead."""
-        stealable = sum(self._can_take_over(seq) for seq, _ in rows)
         others = [seq for seq in seqs if not seq.in_step]
         for number, group in self._groups_of(rows):
             spare = sum(len(seq.tables[number]) - len(seq.nodes) for seq in others if number < len(seq.tables))
             needed = sum(
-                -(-(seq.length + len(tokens)) // self.block_size) - len(seq.nodes) + self.tails.must_copy(seq)
+                -(-(seq.length + len(tokens)) // self.block_size) - len(seq.nodes) + self._replaces(seq, group)
                 for seq, tokens in rows
             )
-            if needed - stealable > group.pool.num_available + spare:
+            if needed - self._stealable(rows, group) > group.pool.num_available + spare:
                 return False
         return True
 
@@ -98,7 +98,9 @@ class Room:
     # ---- one row -------------------------------------------------------------------------------
 
     def _stays(self, seq: Sequence, count: int) -> bool:
-        """Whether ``count`` more tokens go into the last block, without a copy."""
+        """Whether ``count`` more tokens go into the last block, without a copy and without a new state."""
+        if self._has_states:
+            return False
         return seq.room >= count or (
             seq.length % self.block_size + count <= self.block_size and self.tails.is_private(seq)
         )
@@ -117,18 +119,27 @@ class Room:
             self.index.cut(seq.nodes[at], offset)
             self.index.begin_step(seq.nodes[at])
         lengths = [len(table) for table in seq.tables]
-        copied = [table[at] for table in seq.tables] if copy else None
-        for number, table in enumerate(seq.tables):
+        copied = [0] * len(seq.tables)
+        for number, (group, table) in enumerate(zip(self.groups, seq.tables, strict=False)):
+            replace = copy or (offset > 0 and group.kind == "state")
             new = max(0, -(-ahead // self.block_size) - len(table))
-            before = at - 1 if copy else len(table) - 1
-            taken = self.blocks.take(number, new + copy, table[before] if before >= 0 else 0, evicted)
-            if copy:
+            before = at - 1 if replace else len(table) - 1
+            taken = self.blocks.take(number, new + replace, table[before] if before >= 0 else 0, evicted)
+            if replace:
+                copied[number] = table[at]
                 # A new list: plans made before may still read the old one.
                 seq.tables[number] = [*table[:at], taken.pop(0), *table[at + 1 :]]
             seq.tables[number].extend(taken)
         seq.in_step = True
         seq.room = 0
-        return Reservation(seq, tokens, seq.length, tuple(seq.tables), lengths, copied)
+        tables = tuple(seq.tables)
+        return Reservation(seq, tokens, seq.length, tables, lengths, copied if any(copied) else None, own_tail=not copy)
+
+    def _replaces(self, seq: Sequence, group: LayerGroup) -> bool:
+        """Whether the step needs another last block: a copy, or a place for the new state beside the old one."""
+        if group.kind == "state":
+            return bool(seq.length % self.block_size)
+        return self.tails.must_copy(seq)
 
     def _can_take_over(self, seq: Sequence) -> bool:
         """Whether a cached tail, that only this row holds, can be written in place instead of copied."""
@@ -140,16 +151,24 @@ class Room:
         """The layer groups that the rows use: the same for all of them."""
         return list(enumerate(self.groups[: len(rows[0][0].tables)]))
 
+    def _stealable(self, rows: _Sequence[_Row], group: LayerGroup) -> int:
+        """How many rows need a block of the group less if they take over their tails."""
+        return 0 if group.kind == "state" else sum(self._can_take_over(seq) for seq, _ in rows)
+
     def _needed(self, seq: Sequence, length: int, number: int) -> int:
         """Blocks to take until the sequence has ``length`` tokens."""
-        return max(0, -(-length // self.block_size) - len(seq.tables[number])) + self.tails.must_copy(seq)
+        new = max(0, -(-length // self.block_size) - len(seq.tables[number]))
+        return new + self._replaces(seq, self.groups[number])
 
     def _make_room(self, rows: _Sequence[_Row]) -> None:
         """Raise :class:`CacheFull` if the rows need more than there is; take over tails if that helps."""
         short = 0
         for number, group in self._groups_of(rows):
             needed = sum(self._needed(seq, seq.length + len(tokens), number) for seq, tokens in rows)
-            short = max(short, needed - group.pool.num_available)
+            missing = needed - group.pool.num_available
+            if missing > 0 and group.kind == "state":
+                self._raise_full(rows)
+            short = max(short, missing)
         if not short:
             return
         stealable = [seq for seq, _ in rows if self._can_take_over(seq)]

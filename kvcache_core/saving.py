@@ -34,8 +34,9 @@ def save_sequence(
     with core.lock:
         arrays, first = {}, []
         for group in _kv_groups(layout):
-            dropped = seq.dropped[group]
-            first.append(dropped * size)
+            is_state = layout.groups[group][0] == "state"
+            dropped = (seq.length - 1) // size if is_state else seq.dropped[group]
+            first.append(seq.length - 1 if is_state else dropped * size)
             blocks = seq.tables[group][dropped : -(-seq.length // size)]
             packed = store.export_blocks(group, blocks)
             for array in layout.packed(group):
@@ -70,8 +71,10 @@ def load_sequence(
     length = len(state.tokens)
     groups = _kv_groups(layout)
     for group, first in zip(groups, state.first, strict=True):
-        needed = first_visible_block(length, layout.groups[group][1], size) * size
-        if first > needed:
+        kind, window = layout.groups[group]
+        if kind == "state" and first != length - 1:
+            raise BlockRefused("foreign", f"{path} has no state behind its last token")
+        if kind != "state" and first > first_visible_block(length, window, size) * size:
             raise BlockRefused("foreign", f"{path} lacks tokens that blocks of {size} tokens need; use its block size")
     seq = core.open(state.tokens, salt, extra_keys=state.extra_keys)
     try:
@@ -80,9 +83,13 @@ def load_sequence(
         try:
             unwritten = []
             for group, first in zip(groups, state.first, strict=True):
-                whole = max(begin, -(-first // size))
+                if layout.groups[group][0] == "state":
+                    whole, skip = first // size, 0
+                else:
+                    whole = max(begin, -(-first // size))
+                    skip = whole * size - first
                 table = plan.groups[group].block_tables[0, whole : -(-length // size)]
-                store.import_blocks(group, table.tolist(), _pack(state, layout, group, whole * size - first))
+                store.import_blocks(group, table.tolist(), _pack(state, layout, group, skip))
                 unwritten.append(whole if whole > begin else 0)
         except BaseException:
             core.rollback(plan)
@@ -96,13 +103,14 @@ def load_sequence(
 
 
 def _pack(state: SavedState, layout: BlockLayout, group: int, skip: int) -> NDArray[np.uint8]:
-    """The stored tokens behind the first ``skip``, as packed blocks; the last one filled up with zeros."""
+    """The stored entries behind the first ``skip``, as packed blocks; the last one filled up with zeros."""
     arrays = layout.packed(group)
-    count = max(0, -(-(len(state.arrays[arrays[0].layer, arrays[0].name][1]) - skip) // layout.block_size))
+    entries = arrays[0].shape[0]
+    count = max(0, -(-(len(state.arrays[arrays[0].layer, arrays[0].name][1]) - skip) // entries))
     packed = np.zeros((count, layout.packed_bytes(group)), np.uint8)
     for array in arrays:
         values = state.arrays[array.layer, array.name][1][skip:]
-        rows = np.zeros((count * layout.block_size, *array.shape[1:]), array.bits)
+        rows = np.zeros((count * entries, *array.shape[1:]), array.bits)
         rows[: len(values)] = values.view(array.bits)
         packed_view(packed, array)[...] = rows.reshape(count, *array.shape)
     return packed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from kvcache_core.errors import SequenceClosed, StepError
@@ -68,7 +67,7 @@ class Sequence:
         """Per layer group: block ids; may reach beyond ``nodes`` (reserved ahead)."""
         self.dropped: list[int] = [0] * num_groups
         """Per layer group: leading blocks that a window has dropped (null in the table)."""
-        self.extra_keys: Mapping[int, bytes] = {}
+        self.extra_keys: dict[int, bytes] = {}
         self.salt = b""
         self.prompt = array("i")
         """The tokens that the sequence was opened with."""
@@ -100,6 +99,10 @@ class Sequence:
     def truncate(self, length: int) -> None:
         """Forget every token from position ``length`` on, for example rejected speculative tokens."""
         self._cache.truncate(self, length)
+
+    def rewind(self, fork: Sequence) -> None:
+        """Hold what ``fork``, a fork of this sequence made before, holds: also where :meth:`truncate` cannot go."""
+        self._cache.rewind(self, fork)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state of all tokens to a file that :meth:`KVCache.load` of either framework reads."""

@@ -47,7 +47,8 @@ class OpenSequences:
         self.groups = tuple(LayerGroup(kind, window, BlockPool(num_blocks)) for kind, window in kinds)
         self._index = PrefixIndex(block_size, [num_blocks] * len(kinds))
         self._kv_groups = [group for group in self.groups if group.kind != "output"]
-        self._windows = [group.window for group in self.groups]
+        self._kinds = [(group.kind, group.window) for group in self.groups]
+        self._has_states = any(group.kind == "state" for group in self.groups)
         self._blocks = Blocks(self._index, self.groups)
         tails = Tails(self._blocks)
         self._room = Room(tails)
@@ -144,7 +145,7 @@ class OpenSequences:
             child = Sequence(self, self._new_id(), seq.root, len(seq.tables))
             child.namespace = seq.namespace
             child.length, child.num_cached = seq.length, seq.num_cached
-            child.extra_keys, child.max_length = seq.extra_keys, seq.max_length
+            child.extra_keys, child.max_length = dict(seq.extra_keys), seq.max_length
             child.salt, child.prompt = seq.salt, seq.prompt
             child.cut_tail = seq.cut_tail
             seq.room = 0
@@ -162,8 +163,9 @@ class OpenSequences:
         """Forget every token of ``seq`` from position ``length`` on.
 
         Raises:
-            InvalidInput: ``length`` is not in 0 .. seq.length, or a sliding-window layer has dropped tokens
-                that would be visible again and they are no longer cached; nothing was changed.
+            InvalidInput: ``length`` is not in 0 .. seq.length; a sliding-window layer has dropped tokens that
+                would be visible again and they are no longer cached; or a state layer has no state there, because
+                it is not a block's end, or that block is no longer cached; nothing was changed.
         """
         with self._lock:
             self._check_mine(seq)
@@ -173,10 +175,16 @@ class OpenSequences:
                 raise InvalidInput(f"length must be 0 .. {seq.length} to truncate {seq!r}, got {length}")
             if length == seq.length:
                 return
+            if self._has_states and length % self.block_size:
+                end = length // self.block_size * self.block_size
+                raise InvalidInput(
+                    f"cannot truncate {seq!r} to {length} tokens: a state layer keeps its state at the ends of blocks "
+                    f"of {self.block_size} tokens; truncate to {end} and step the tokens behind it again"
+                )
             if not self._moves.regain_window(seq, length):
                 raise InvalidInput(
-                    f"cannot truncate {seq!r} to {length} tokens: a sliding-window layer has dropped tokens it "
-                    "would need again, and they are evicted; open the sequence anew from its tokens"
+                    f"cannot truncate {seq!r} to {length} tokens: a sliding-window or state layer has dropped what it "
+                    "would need again, and it is evicted; open the sequence anew from its tokens"
                 )
             old_tip = seq.tip
             self._moves.release_from(seq, -(-length // self.block_size))
@@ -186,6 +194,33 @@ class OpenSequences:
             seq.room = 0
             self._index.pin(seq.tip)
             self._index.unpin(old_tip)
+
+    def rewind(self, seq: Sequence, fork: Sequence) -> None:
+        """Make ``seq`` hold what ``fork``, a fork of it made before, holds; the fork stays as it is.
+
+        A fork keeps what a window or a state layer would let go of, so this goes back where :meth:`truncate` cannot.
+
+        Raises:
+            InvalidInput: ``fork`` holds something that ``seq`` does not begin with; nothing was changed.
+        """
+        with self._lock:
+            for one in (seq, fork):
+                self._check_mine(one)
+                one.check_usable("rewind")
+            tokens, kept = self.tokens_of(seq), self.tokens_of(fork)
+            if seq.root != fork.root or len(seq.tables) != len(fork.tables) or tokens[: len(kept)] != kept:
+                raise InvalidInput(f"cannot rewind {seq!r} to {fork!r}: it does not begin with what that holds")
+            old_tip = seq.tip
+            tables = [table[: len(fork.nodes)] for table in fork.tables]
+            for group, table in zip(self.groups, tables, strict=False):
+                group.pool.retain(table)
+            self._index.pin(fork.tip)
+            self._moves.release_from(seq, 0)
+            self._index.unpin(old_tip)
+            seq.nodes, seq.tables, seq.dropped = list(fork.nodes), tables, list(fork.dropped)
+            seq.length, seq.cut_tail = fork.length, fork.cut_tail
+            seq.num_cached = min(seq.num_cached, fork.length)
+            seq.room = fork.room = 0
 
     def close(self, seq: Sequence) -> None:
         """Give the sequence's blocks back; their content stays findable until it is evicted.

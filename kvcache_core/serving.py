@@ -11,6 +11,7 @@ from typing import Any
 
 from kvcache_core.activation import ActivationSite, Bypassed
 from kvcache_core.errors import CacheFull, InvalidInput, KVCacheWarning
+from kvcache_core.frames import Frames, frames_of, padded
 from kvcache_core.plan import StepPlan
 from kvcache_core.sequence import Sequence as CachedSequence
 from kvcache_core.types import TokenIds
@@ -34,6 +35,10 @@ class Serving(WarmStart):
     def open(self, token_ids: TokenIds, *, max_new_tokens: int = 0) -> CachedSequence:
         """Start a sequence with whatever head of ``token_ids`` is cached; step the rest.
 
+        Args:
+            token_ids: the prompt; or frames [T, F], for a model attached with ``frames=F``.
+            max_new_tokens: reserve room for so many further tokens.
+
         Raises:
             InvalidInput: no tokens, or ids that are no integers or outside the vocabulary.
         """
@@ -48,6 +53,11 @@ class Serving(WarmStart):
     def _open(self, token_ids: TokenIds, **options: Any) -> CachedSequence:
         """Open a sequence in the core; what the tiers hold behind its match comes up."""
         core = self.core
+        if self.frames is not None:
+            found = self._frames_of(token_ids)
+            # What else shapes the state, like an encoder's input, is there from the first token on.
+            token_ids, given = found.ids, options.get("extra_keys") or {}
+            options["extra_keys"] = {at: key + given.get(at, b"") for at, key in found.keys.items()}
         seq = core.open(token_ids, self.salt, **options)
         if self._tiers is not None and core.layout is not None and self._identified is not None:
             self._tiers.serve(core.layout, seq.namespace, self._identified[1], self.salt)
@@ -62,7 +72,7 @@ class Serving(WarmStart):
     def transaction(self, seqs: Sequence[CachedSequence], token_ids: Sequence[TokenIds]) -> Iterator[StepPlan]:
         """Plan a step; commit it when the block ends, roll it back when the block raises."""
         core = self.core
-        plan = core.plan(seqs, token_ids)
+        plan = self._plan(seqs, token_ids)
         started = time.perf_counter()
         try:
             yield plan
@@ -71,6 +81,18 @@ class Serving(WarmStart):
             raise
         core.commit(plan)
         self._computed(plan, started)
+
+    def _plan(self, seqs: Sequence[CachedSequence], token_ids: Sequence[TokenIds]) -> StepPlan:
+        """Plan a step of token ids, or of frames."""
+        if self.frames is None:
+            return self.core.plan(seqs, token_ids)
+        rows = [self._frames_of(row) for row in token_ids]
+        plan = self.core.plan(seqs, [row.ids for row in rows], extra_keys=[row.keys for row in rows])
+        plan.frames = padded(rows)
+        return plan
+
+    def _frames_of(self, given: Any) -> Frames:
+        return frames_of(given, self.frames or 0, self.spec.dtype if self.spec else "float32")
 
     def _computed(self, plan: StepPlan, started: float) -> None:
         """Tell the tiers what computing costs."""
@@ -95,7 +117,7 @@ class Serving(WarmStart):
                 seqs.append(self._open(row, outputs=outputs, extra_keys=extra))
             lengths = [len(row) for row in rows]
             try:
-                plan = core.plan(seqs, [row[seq.num_cached :] for row, seq in zip(rows, seqs, strict=True)])
+                plan = self._plan(seqs, [row[seq.num_cached :] for row, seq in zip(rows, seqs, strict=True)])
             except CacheFull as full:
                 self.bypass(sum(lengths), f"the cache has no room for it ({full})")
                 yield None
@@ -127,7 +149,7 @@ class Serving(WarmStart):
     def check_vocabulary(self, token_ids: TokenIds) -> None:
         """Raise InvalidInput for ids that the model's embedding does not have."""
         self._prepare()
-        vocab = self.spec.vocab_size if self.spec else None
+        vocab = self.spec.vocab_size if self.spec and self.frames is None else None
         if vocab is None or not len(token_ids):
             return
         try:

@@ -42,8 +42,8 @@ class SavedState:
 
     Attributes:
         tokens: int32 [S].
-        arrays: {(layer, name): (dtype name, bits [S - first, H, D])}.
-        first: per layer group, the first position stored: a window has dropped those before.
+        arrays: {(layer, name): (dtype name, bits [S - first, H, D])}; of a state layer, the last state, [1, H, D].
+        first: per layer group, the first position stored: a window has dropped those before; a state is the last's.
         layout: 16-byte layout digest.
         weights: 16-byte portable identity.
         salt: 16-byte digest of the salt.

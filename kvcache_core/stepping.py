@@ -101,7 +101,7 @@ class Stepping(ABC):
 
         Args:
             seqs: the rows.
-            token_ids: one or more new tokens per row.
+            token_ids: one or more new tokens per row; or frames [T, F] per row, for a model attached with ``frames=F``.
             prefill_chunk: compute long rows in several passes of so many tokens each, to bound the memory that
                 the model's own tensors take.
 
@@ -121,8 +121,7 @@ class Stepping(ABC):
         width = max(1, chunk // max(1, len(seqs)))
         if longest <= width or len(seqs) != len(token_ids):
             return self._step(seqs, token_ids, self._run_step)
-        starts = [seq.length for seq in seqs]
-        # Forks hold what window layers would let go of, so that an error can take the passes before it back.
+        # Forks hold what window and state layers let go of, so that an error can take the passes before it back.
         forks = [seq.fork() for seq in seqs]
         logits: list[Any] = [None] * len(seqs)
         try:
@@ -133,8 +132,8 @@ class Stepping(ABC):
                 for row, scores in zip(rows, found, strict=True):
                     logits[row] = scores
         except BaseException:
-            for seq, start in zip(seqs, starts, strict=True):
-                seq.truncate(start)
+            for seq, fork in zip(seqs, forks, strict=True):
+                seq.rewind(fork)
             raise
         finally:
             for fork in forks:

@@ -17,14 +17,15 @@ from kvcache_core.types import BlockId
 __all__ = ["BlockBytes", "KVStore", "NumpyStore", "packed_view"]
 
 BlockBytes = dict[tuple[int, str], NDArray[Any]]
-"""One block's content: {(layer, array name): [block_size, H, D]}, the same axis order for every store."""
+"""One block's content: {(layer, array name): [entries, H, D]}, the same axis order for every store."""
 
 
 class KVStore(Protocol):
     """What every store does; the contract suite in the tests runs over each of them.
 
-    Slots and blocks are those of the layer's group. Values are native tensors of the store's framework. Where the
-    layout has scales, ``write`` makes them and ``read`` applies them; blocks are moved as they are stored.
+    Slots and blocks are those of the layer's group; a state layer, with one entry per block, takes block ids in the
+    place of slots. Values are native tensors of the store's framework. Where the layout has scales, ``write`` makes
+    them and ``read`` applies them; blocks are moved as they are stored.
     """
 
     layout: BlockLayout
@@ -62,14 +63,14 @@ class KVStore(Protocol):
 
 
 def packed_view(packed: NDArray[np.uint8], array: PackedArray) -> NDArray[Any]:
-    """One array of packed blocks uint8 [N, bytes] as a view [N, block_size, H, D] of its elements' bits."""
+    """One array of packed blocks uint8 [N, bytes] as a view [N, entries, H, D] of its elements' bits."""
     part = packed[:, array.offset : array.offset + array.nbytes]
     found: NDArray[Any] = part.view(array.bits).reshape(len(packed), *array.shape)
     return found
 
 
 class NumpyStore:
-    """Arrays of shape [H, slots, D] per layer and name: a head's tokens lie side by side.
+    """Arrays of shape [H, slots, D] per layer and name (a state's: [H, blocks, D]): a head's tokens lie side by side.
 
     Args:
         layout: what to store; bfloat16 and float8 lie as their bits.
@@ -83,7 +84,7 @@ class NumpyStore:
         self._specs: dict[tuple[int, str], ArraySpec] = {}
         for group in range(len(layout.groups)):
             for array in layout.packed(group):
-                shape = (array.shape[1], (num_blocks + 1) * layout.block_size, array.shape[2])
+                shape = (array.shape[1], (num_blocks + 1) * array.shape[0], array.shape[2])
                 self.arrays[array.layer, array.name] = np.zeros(shape, array.bits)
         for layer in range(len(layout.layers)):
             self._specs.update({(layer, array.name): array for array in layout.stored(layer)})
@@ -119,9 +120,8 @@ class NumpyStore:
         """Copy whole blocks; ``pairs`` is [C, 2] of (source, destination)."""
         if not len(pairs):
             return
-        for array in self._group_arrays(group):
-            blocks = self._blocks(array)
-            blocks[:, pairs[:, 1]] = blocks[:, pairs[:, 0]]
+        for array in self._group_blocks(group):
+            array[:, pairs[:, 1]] = array[:, pairs[:, 0]]
 
     def apply_copies(self, plan: StepPlan) -> None:
         """Do the copies a plan asks for, before the step writes anything."""
@@ -129,23 +129,23 @@ class NumpyStore:
             self.copy_blocks(number, group.copies)
 
     def export_block(self, group: int, block: int) -> BlockBytes:
-        """The content of one block: {(layer, name): [block_size, H, D]}."""
+        """The content of one block: {(layer, name): [entries, H, D]}."""
         return {
-            key: self._blocks(array)[:, block].swapaxes(0, 1).copy()
-            for key, array in self.arrays.items()
+            key: self._blocks(key)[:, block].swapaxes(0, 1).copy()
+            for key in self.arrays
             if self.layout.group_of(key[0]) == group
         }
 
     def import_block(self, group: int, block: int, content: BlockBytes) -> None:
         """The reverse of :meth:`export_block`."""
         for (layer, name), values in content.items():
-            self._blocks(self.arrays[layer, name])[:, block] = values.swapaxes(0, 1)
+            self._blocks((layer, name))[:, block] = values.swapaxes(0, 1)
 
     def export_blocks(self, group: int, blocks: Sequence[int]) -> NDArray[np.uint8]:
         """The content of N blocks, packed: uint8 [N, bytes]."""
         packed = np.empty((len(blocks), self.layout.packed_bytes(group)), np.uint8)
         for array in self.layout.packed(group):
-            content = self._blocks(self.arrays[array.layer, array.name])[:, list(blocks)]
+            content = self._blocks((array.layer, array.name))[:, list(blocks)]
             packed_view(packed, array)[...] = content.transpose(1, 2, 0, 3)
         return packed
 
@@ -153,13 +153,13 @@ class NumpyStore:
         """The reverse of :meth:`export_blocks`."""
         for array in self.layout.packed(group):
             content = packed_view(packed, array).transpose(2, 0, 1, 3)
-            self._blocks(self.arrays[array.layer, array.name])[:, list(blocks)] = content
+            self._blocks((array.layer, array.name))[:, list(blocks)] = content
 
     def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]]) -> None:
         """Change the capacity; ``moves`` holds {old: new} per layer group."""
         kept = min(num_blocks, self.num_blocks) + 1
         for key, array in self.arrays.items():
-            old = self._blocks(array)
+            old = self._blocks(key)
             new = np.zeros((old.shape[0], num_blocks + 1, *old.shape[2:]), array.dtype)
             new[:, :kept] = old[:, :kept]
             for source, target in moves[self.layout.group_of(key[0])].items():
@@ -170,9 +170,10 @@ class NumpyStore:
     def _dtype(self, layer: int, name: str) -> str:
         return self.layout.array_dtype(self._specs[layer, name])
 
-    def _group_arrays(self, group: int) -> list[NDArray[Any]]:
-        return [array for key, array in self.arrays.items() if self.layout.group_of(key[0]) == group]
+    def _group_blocks(self, group: int) -> list[NDArray[Any]]:
+        return [self._blocks(key) for key in self.arrays if self.layout.group_of(key[0]) == group]
 
-    def _blocks(self, array: NDArray[Any]) -> NDArray[Any]:
-        """The same memory seen as [H, blocks, block_size, D]."""
-        return array.reshape(array.shape[0], -1, self.layout.block_size, array.shape[2])
+    def _blocks(self, key: tuple[int, str]) -> NDArray[Any]:
+        """An array's memory seen as [H, blocks, entries, D]."""
+        array = self.arrays[key]
+        return array.reshape(array.shape[0], -1, self.layout.entries_per_block(key[0]), array.shape[2])

@@ -20,6 +20,7 @@ class Tails:
         self.index = blocks.index
         self.groups = blocks.groups
         self.block_size = blocks.block_size
+        self._has_states = any(group.kind == "state" for group in blocks.groups)
 
     # ---- may it be written ---------------------------------------------------------------------
 
@@ -78,6 +79,15 @@ class Tails:
         self.settle(old, copied)
         for group, block in zip(self.groups, copied, strict=False):
             group.pool.release([block])
+
+    def swap(self, seq: Sequence, replaced: list[int]) -> None:
+        """The step wrote new states beside the old ones, ``replaced`` (0 where the block stays): let go of the old."""
+        node = seq.nodes[seq.length // self.block_size]
+        for number, (group, block) in enumerate(zip(self.groups, replaced, strict=False)):
+            if block:
+                self.index.detach(number, block)
+                self.index.attach(node, number, seq.tables[number][seq.length // self.block_size])
+                group.pool.release([block])
 
     def take_over(self, seq: Sequence) -> None:
         """Turn a findable tail that only ``seq`` holds into its own open tail: it is evicted in place."""
@@ -157,6 +167,8 @@ class Tails:
         for shared, other in self.index.heads(self.index.parent(node), tokens, extras):
             if shared < len(tokens):
                 return False
+            if self._has_states and self.index.fill(other) > len(tokens):
+                continue  # its state is behind more tokens
             if other != node and not self.index.is_open(other):
                 return all(
                     self.index.block(number, other) or not self.index.block(number, node)

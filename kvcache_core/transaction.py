@@ -25,6 +25,7 @@ class Transactions:
         self.groups = tails.groups
         self.index = tails.index
         self.block_size = tails.block_size
+        self._has_states = any(group.kind == "state" for group in self.groups)
         self._has_windows = any(group.window is not None for group in self.groups)
 
     # ---- whole steps ---------------------------------------------------------------------------
@@ -32,21 +33,27 @@ class Transactions:
     def commit(self, row: Reservation) -> None:
         """The row's tokens are in the store: make them part of the sequence and publish full blocks."""
         seq, tokens, size = row.seq, row.tokens, self.block_size
+        if row.extra_keys:
+            seq.extra_keys.update(row.extra_keys)
         old_tip = seq.tip
         self.index.end_step(old_tip)
         if row.room > len(tokens):
             self.index.append(old_tip, tokens)
+            if row.extra_keys:
+                self._key_tail(seq)
             seq.length += len(tokens)
             seq.room = row.room - len(tokens)
             seq.in_step = False
             return
         if row.copied is not None:
-            self.tails.replace(seq, row.copied)
+            (self.tails.swap if row.own_tail else self.tails.replace)(seq, row.copied)
         count, done = len(tokens), 0
         at, offset = divmod(seq.length, size)
         if offset:
             done = min(size - offset, count)
             self.index.append(seq.nodes[at], tokens[:done])
+            if row.extra_keys:
+                self._key_tail(seq)
             seq.length += done
             if offset + done == size:
                 self.tails.publish(seq, at)
@@ -61,6 +68,11 @@ class Transactions:
         seq.in_step = seq.cut_tail = False
         self.move_tip(old_tip, seq.tip)
         self._make_room(seq)
+
+    def _key_tail(self, seq: Sequence) -> None:
+        """Tell the unfinished last block of the extra keys that came with new tokens."""
+        at = seq.length // self.block_size
+        self.index.set_extras(seq.nodes[at], block_extras(seq.extra_keys, at, self.block_size))
 
     def _make_room(self, seq: Sequence) -> None:
         """See how many tokens can follow without a look, and drop what windows have passed."""
@@ -109,7 +121,7 @@ class Transactions:
         lacking: list[Sequence] = []
         for seq in seqs:
             if seq.length % self.block_size:
-                if not self.tails.is_private(seq):
+                if self._has_states or not self.tails.is_private(seq):
                     return False
             elif _lacks_block(seq):
                 if seq.max_length > seq.length:

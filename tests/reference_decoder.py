@@ -31,6 +31,7 @@ weight              shape                    use
 ==================  =======================  ==============================================================
 ``embed``           [V, W]                   token embedding
 ``learned``         [P, W]                   only for ``positions == "learned"``: added to the embedding
+``layers.i.conv``   [K, W, W]                if ``convs[i] == (K, dilation)``: ``x + convolution(norm(x))``
 ``layers.i.q``      [W, Hq * D]              ``norm(x) @ q``; a head's D columns are adjacent
 ``layers.i.k``      [W, Hkv * D]             rotary: q and k are turned, halves [D/2, D/2] as in Llama
 ``layers.i.v``      [W, Hkv * Dv]
@@ -42,7 +43,8 @@ weight              shape                    use
 
 ``norm`` is RMS norm without weights, epsilon 1e-6. ``config.windows[i]`` is layer i's sliding window or None,
 ``config.scale`` and ``config.softcap`` go to the attention. Weights come in ``config.dtype``; for bfloat16 they
-are float32 arrays whose values bfloat16 holds exactly.
+are float32 arrays whose values bfloat16 holds exactly. The n-th convolution has the layer number
+``config.layers + n``: attention comes first.
 
 The bound (invariant 1): over all outputs of a script, the error against a wide reference is no larger than
 the uncached run's own error times 1.5 plus one ulp of the dtype at the magnitude of the outputs.
@@ -67,6 +69,7 @@ from hypothesis import strategies as st
 from kvcache_core import BlockCache, BlockLayout, CacheFull, InvalidInput, LayerSpec
 from kvcache_core import Sequence as CachedSequence
 from kvcache_core.attention import attend, cached_attention
+from kvcache_core.convolution import causal_conv1d, context_rows, with_context
 from kvcache_core.quantization import decode, encode
 from kvcache_core.store import NumpyStore
 
@@ -118,6 +121,8 @@ class DecoderConfig:
     dtype: str = "float32"
     block_size: int = 4
     seed: int = 0
+    convs: tuple[tuple[int, int] | None, ...] = ()
+    """Per layer (kernel, dilation) of the causal convolution in front of its attention."""
 
     @property
     def layers(self) -> int:
@@ -133,6 +138,7 @@ class DecoderConfig:
             LayerSpec.attention(self.kv_heads, self.head_size, self.v_head_size, window=window)
             for window in self.windows
         ]
+        specs += [LayerSpec.state(context_rows(*conv), self.width) for conv in self.convs if conv]
         return BlockLayout(specs, self.block_size, self.dtype)
 
 
@@ -152,6 +158,8 @@ def make_weights(config: DecoderConfig) -> dict[str, np.ndarray]:
             f"layers.{layer}.up": (width, 2 * width),
             f"layers.{layer}.down": (2 * width, width),
         }
+        if config.convs and config.convs[layer]:
+            shapes[f"layers.{layer}.conv"] = (config.convs[layer][0], width, width)
     shapes["head"] = (width, config.vocab)
     weights = {}
     for name, shape in shapes.items():
@@ -170,9 +178,18 @@ def _round_bfloat16(values: np.ndarray) -> np.ndarray:
 Attention = Callable[[int, Any, Any, Any], Any]
 """(layer, q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, Dv]) -> [B, T, Hq, Dv]."""
 
+Convolution = Callable[[int, Any, Any, int], Any]
+"""(layer, x [B, T, W], weight [K, W, W], dilation) -> [B, T, W]."""
+
 
 def forward(
-    ops: Any, config: DecoderConfig, weights: Weights, tokens: Any, positions: Any, attention: Attention
+    ops: Any,
+    config: DecoderConfig,
+    weights: Weights,
+    tokens: Any,
+    positions: Any,
+    attention: Attention,
+    convolution: Convolution | None = None,
 ) -> Any:
     """The decoder: logits [B, T, V] for tokens [B, T] at absolute positions [B, T]."""
     x = ops.take(weights["embed"], tokens)
@@ -181,7 +198,12 @@ def forward(
         x = x + ops.take(weights["learned"], positions)
     else:
         turn = ops.rotary(positions, config.head_size)
+    convolutions = 0
     for layer in range(config.layers):
+        if convolution is not None and config.convs and config.convs[layer]:
+            weight, dilation = weights[f"layers.{layer}.conv"], config.convs[layer][1]
+            x = x + convolution(config.layers + convolutions, ops.norm(x), weight, dilation)
+            convolutions += 1
         w = {name: weights[f"layers.{layer}.{name}"] for name in ("q", "k", "v", "o", "up", "down")}
         h = ops.norm(x)
         q = ops.split_heads(h @ w["q"], config.heads)
@@ -258,7 +280,11 @@ def run_uncached(
         )
         return result.swapaxes(0, 1)[None]
 
-    return forward(NumpyOps(dtype), config, cast, np.asarray(tokens)[None], positions, attention)[0]
+    def convolution(layer: int, x: Any, weight: Any, dilation: int) -> Any:
+        before = np.zeros((1, context_rows(len(weight), dilation), x.shape[2]), x.dtype)
+        return causal_conv1d(np.concatenate([before, x], axis=1), weight, dilation=dilation)
+
+    return forward(NumpyOps(dtype), config, cast, np.asarray(tokens)[None], positions, attention, convolution)[0]
 
 
 # ---- backends ----------------------------------------------------------------------------------------
@@ -305,9 +331,13 @@ class NumpyBackend:
                 raise InjectedFault(layer)
             return result.swapaxes(1, 2)
 
+        def convolution(layer: int, x: Any, weight: Any, dilation: int) -> Any:
+            joined = with_context(x, context_rows(len(weight), dilation), layer, self.store, plan)
+            return causal_conv1d(joined, weight, dilation=dilation)
+
         try:
             self.store.apply_copies(plan)
-            logits = forward(self.ops, self.config, self.weights, plan.tokens, plan.positions, attention)
+            logits = forward(self.ops, self.config, self.weights, plan.tokens, plan.positions, attention, convolution)
         except BaseException:
             self.core.rollback(plan)
             raise
@@ -352,6 +382,7 @@ def decoder_configs(
     block_sizes: Sequence[int] = (1, 2, 3, 4, 5, 8),
     windows: bool = True,
     only_windows: bool = False,
+    convs: bool = False,
 ) -> st.SearchStrategy[DecoderConfig]:
     """Random decoders: multi-head, grouped and multi-query; K and V of different size; all layer kinds."""
 
@@ -374,7 +405,10 @@ def decoder_configs(
             dtype=draw(st.sampled_from(list(dtypes))),
             block_size=draw(st.sampled_from(list(block_sizes))),
             seed=draw(st.integers(0, 2**31 - 1)),
+            convs=tuple(draw(conv) for _ in layer_windows) if convs else (),
         )
+
+    conv = st.one_of(st.none(), st.tuples(st.integers(2, 4), st.integers(1, 3)))
 
     return configs()
 
@@ -561,8 +595,8 @@ class Driver:
         try:
             one.seq.truncate(length)
         except InvalidInput:
-            # A window layer has dropped what would be visible again, and it is gone.
-            assert any(window is not None for window in self.config.windows)
+            # A window layer has dropped what would be visible again, and it is gone; or there is no state.
+            assert any(window is not None for window in self.config.windows) or any(self.config.convs)
             self.counts["truncate refused"] += 1
             return
         self.counts["rolled back tokens"] += len(one.tokens) - length
@@ -648,7 +682,14 @@ def _permuted(config: DecoderConfig, weights: Weights, seed: int) -> dict[str, A
     """The same model with its hidden units in another order: equal mathematics, other rounding."""
     order = np.random.default_rng(seed).permutation(config.width)
     rows = ("q", "k", "v", "up", "head")
-    return {name: value[order] if name.split(".")[-1] in rows else value[:, order] for name, value in weights.items()}
+    return {
+        name: value[:, order][:, :, order]
+        if name.endswith("conv")
+        else value[order]
+        if name.split(".")[-1] in rows
+        else value[:, order]
+        for name, value in weights.items()
+    }
 
 
 def _longest(runs: set[tuple[int, ...]]) -> list[tuple[int, ...]]:

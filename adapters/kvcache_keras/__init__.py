@@ -1,7 +1,7 @@
 """K/V cache for Keras models on TensorFlow: ``with cache: model(x)`` gives the same answer, faster."""
 
 from kvcache_keras import _backend as _backend
-from kvcache_keras.attention import attention, positions, select_outputs
+from kvcache_keras.attention import attention, causal_conv1d, positions, select_outputs
 from kvcache_keras.cache import KVCache
 from kvcache_keras.generate import generate, score, stream
 from kvcache_keras.layers import CachedAttention, PositionIds
@@ -15,6 +15,7 @@ __all__ = [
     "PositionIds",
     "TensorStore",
     "attention",
+    "causal_conv1d",
     "empty_weights",
     "generate",
     "positions",

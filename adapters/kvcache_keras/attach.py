@@ -13,7 +13,7 @@ from kvcache_keras import activation
 from kvcache_keras.calls import EagerCall, GraphCall
 from kvcache_keras.context import local, recording
 from kvcache_keras.tokenmodel import takes_token_dict
-from kvcache_keras.transparent import check_ids
+from kvcache_keras.transparent import check_frames, check_ids
 
 if TYPE_CHECKING:
     from kvcache_keras.cache import KVCache
@@ -102,7 +102,14 @@ class AttachedCall:
         if others:
             self.cache.bypass(0, f"arguments besides the token ids are not cached (got {others})")
             return self.original(*args, **kwargs)
-        check_ids(x)
+        if self.cache.frames is None:
+            check_ids(x)
+        else:
+            check_frames(x, self.cache.frames)
+            if not tf.executing_eagerly():
+                if local.cache is self.cache:
+                    self.cache.bypass(0, "frames are not cached inside a tf.function (stream them: open, step)")
+                return self.original(*args, **kwargs)
         lengths, mask = rows.get("lengths"), rows.get("mask", rows.get("attention_mask"))
         in_block = local.cache is self.cache
         reason = _reason_to_bypass(training) if in_block else "outside"

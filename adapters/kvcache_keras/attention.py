@@ -6,12 +6,14 @@ from typing import Any
 
 import tensorflow as tf
 
+from kvcache_core.convolution import context_rows
 from kvcache_core.errors import InvalidInput
 from kvcache_keras.context import local
 from kvcache_keras.kernels import plain_attention
+from kvcache_keras.states import behind_zeros
 from kvcache_keras.step import check_query
 
-__all__ = ["attention", "positions", "select_outputs"]
+__all__ = ["attention", "causal_conv1d", "positions", "select_outputs"]
 
 _Tensor = Any
 
@@ -68,6 +70,41 @@ def attention(
         return local.step.attend(q, k, v, layer, window, scale, softcap)
     check_query(q, k, layer)
     return plain_attention(q, k, v, window, scale, softcap)
+
+
+def causal_conv1d(
+    x: _Tensor, kernel: _Tensor, bias: _Tensor | None = None, *, layer: int | None = None, dilation: int = 1
+) -> _Tensor:
+    """Convolution over time that sees a token and the ones before it, zeros before the first.
+
+    Inside ``with cache:`` a step's inputs stand behind the last (K - 1) * dilation inputs of their sequence, which are
+    the layer's state in the cache.
+
+    Args:
+        x: [B, T, C].
+        kernel: [K, C, E] as of ``keras.layers.Conv1D``, K at least 2; ``kernel[-1]`` is for the token itself.
+        bias: [E], or None.
+        layer: the layer's own number, 0 .. L - 1, counted together with the attention layers; None numbers the
+            calls in their order.
+        dilation: distance between the inputs that one output sees.
+
+    Returns:
+        [B, T, E].
+
+    Raises:
+        InvalidInput: a kernel of 1; inside a step, a layer used twice, or another shape or dtype than when the model
+            was first run.
+
+    Example:
+        >>> x = tf.constant([[[1.0], [2.0], [3.0]]])
+        >>> causal_conv1d(x, tf.ones((2, 1, 1)))[0, :, 0].numpy().tolist()
+        [1.0, 3.0, 5.0]
+    """
+    x, kernel = tf.convert_to_tensor(x), tf.convert_to_tensor(kernel)
+    rows = context_rows(int(kernel.shape[0]), dilation)
+    joined = behind_zeros(x, rows) if local.step is None else local.step.with_context(x, rows, layer)
+    result = tf.nn.convolution(joined, kernel, padding="VALID", dilations=dilation)
+    return result if bias is None else result + tf.convert_to_tensor(bias)
 
 
 def select_outputs(hidden: _Tensor) -> _Tensor:

@@ -27,7 +27,7 @@ from kvcache_keras.graphcall import PendingCalls
 from kvcache_keras.parameters import values_of
 from kvcache_keras.probe import check_in_parts
 from kvcache_keras.routes import Routes
-from kvcache_keras.runner import StepRunner, build, to_numpy, widened
+from kvcache_keras.runner import StepRunner, build, one_token, to_numpy, widened
 from kvcache_keras.step import Recorder
 from kvcache_keras.store import TensorStore, dtype_name, stored_dtype_name
 from kvcache_keras.tokenmodel import model_input, run_model
@@ -92,11 +92,11 @@ class KVCache(FrontendCache):
 
     def _describe(self, model: Any) -> ModelSpec:
         with tf.init_scope(), not_recording():
-            build(model)
+            build(model, self.frames)
             recorder = Recorder(masks_zero=self.masks_zero)
             try:
                 with stepping(recorder):
-                    output = run_model(model, tf.zeros((1, 1), tf.int32))
+                    output = run_model(model, one_token(self.frames))
             except KVCacheError:  # `attention`, `positions` or a layer of Keras's own refused
                 self.saw_attention = True
                 raise
@@ -104,11 +104,14 @@ class KVCache(FrontendCache):
                 self.saw_attention |= bool(recorder.layers)
         if not tf.is_tensor(output) or output.shape[:2] != (1, 1):
             found = tuple(output.shape) if tf.is_tensor(output) else type(output).__name__
-            raise InvalidInput(f"a token model must map ids [B, T] to a tensor [B, T, ...], got {found} for [1, 1]")
-        layers, vocabulary = recorder.specs(), _vocab_size(model, output, recorder)
+            raise InvalidInput(
+                f"a token model must map ids [B, T] or frames [B, T, F] to a tensor [B, T, ...], got {found} for T = 1"
+            )
+        layers = recorder.specs()
+        vocabulary = None if self.frames else _vocab_size(model, output, recorder)
         if self._routes is not None and self._routes.methods:
             with tf.init_scope(), not_recording(), outside():
-                check_in_parts(model, vocabulary, str(recorder.dtype))
+                check_in_parts(model, vocabulary, str(recorder.dtype), self.frames)
         return ModelSpec(
             layers,
             str(recorder.dtype),
@@ -204,7 +207,7 @@ class KVCache(FrontendCache):
         store = self.store
         with self._prepare_lock:
             if self._runner is None:
-                self._runner = StepRunner(self.model, store, self.spec.dtype)
+                self._runner = StepRunner(self.model, store, self.spec.dtype, self.frames)
             return self._runner
 
     def _run_step(self, plan: StepPlan) -> NDArray[Any]:
@@ -228,6 +231,8 @@ class KVCache(FrontendCache):
         The graph works on a copy of the rows' context. Where that would be larger than the pool itself, and where
         there is no room for all ``count`` tokens, the steps are run one by one.
         """
+        if any(kind == "state" for kind, _ in self.store.layout.groups):
+            return super().decode_greedy(seqs, token_ids, count, eos_ids)  # a state is behind all of a step's tokens
         if any(len(ids) != 1 for ids in token_ids):
             first = self.step_greedy(seqs, token_ids)[:, None]
             if count == 1 or np.isin(first, list(eos_ids)).any():

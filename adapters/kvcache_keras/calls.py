@@ -89,8 +89,8 @@ class GraphCall:
         cache = self.cache
         runner = cache.runner
         layout = cache.store.layout
-        count = len(layout.groups) if self.all_outputs else sum(kind == "attention" for kind, _ in layout.groups)
-        packed = signature(count, layout.block_size, None)
+        kinds = [kind for kind, _ in layout.groups if self.all_outputs or kind != "output"]
+        count, packed = len(kinds), signature(kinds, layout.block_size, None)
         shapes = [[], [], [None, None], [None, None], [None]]  # fits, number, aligned, columns, last
         shapes += [[None, None], *([None, 2] for _ in range(count)), *(spec.shape for spec in packed)]
         types_ = [tf.bool, tf.int64, *[tf.int32] * (len(shapes) - 2)]
@@ -183,8 +183,8 @@ class GraphCall:
     def _no_plan(self) -> list[NDArray[Any]]:
         """Empty arrays in the place of a plan's: they are not used."""
         layout = self.cache.store.layout
-        count = len(layout.groups) if self.all_outputs else sum(kind == "attention" for kind, _ in layout.groups)
-        packed = signature(count, layout.block_size, None)
+        kinds = [kind for kind, _ in layout.groups if self.all_outputs or kind != "output"]
+        count, packed = len(kinds), signature(kinds, layout.block_size, None)
         shapes = [(0, 0), *[(0, 2)] * count, *(tuple(size or 0 for size in spec.shape) for spec in packed)]
         return [np.zeros(shape, np.int32) for shape in shapes]
 

@@ -19,6 +19,7 @@ from kvcache_core.errors import InvalidInput
 from kvcache_keras.context import stepping
 from kvcache_keras.kernels import causal_mask
 from kvcache_keras.routes import here
+from kvcache_keras.states import behind_zeros
 from kvcache_keras.tokenmodel import FORWARDS, run_model
 
 __all__ = ["check_in_parts"]
@@ -78,18 +79,31 @@ class _Part:
         weights = tf.nn.softmax(tf.where(mask[:, None], scores, scores.dtype.min))
         return tf.einsum("bhts,bshd->bthd", weights, v)
 
+    def with_context(self, x: _Tensor, rows: int, layer: int | None) -> _Tensor:
+        """The inputs of the parts before, and the new ones."""
+        layer = self._layers if layer is None else layer
+        self._layers += 1
+        past = self._past[layer][0] if layer in self._past else behind_zeros(x[:, :0], rows)
+        joined = tf.concat((past, x), axis=1)
+        self._past[layer] = joined[:, -rows:], joined
+        return joined
 
-def check_in_parts(model: Any, vocab_size: int | None, dtype: str) -> None:
+
+def check_in_parts(model: Any, vocab_size: int | None, dtype: str, frames: int | None = None) -> None:
     """Raise InvalidInput, naming the layer, if the model computed in parts is another one than computed whole.
 
     Args:
         model: routed and built; it is called outside any cache.
         vocab_size: ids are below it; None if unknown.
         dtype: of K and V.
+        frames: F of a model that takes frames.
     """
     tolerance = _TOLERANCE[dtype]
     count = sum(_PARTS)
-    ids = np.random.default_rng(0).integers(1, max(2, vocab_size or 2), (1, count)).astype(np.int32)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, max(2, vocab_size or 2), (1, count)).astype(np.int32)
+    if frames is not None:
+        ids = rng.standard_normal((1, count, frames)).astype(np.float32)
     whole, parts = _whole(model, ids), _in_parts(model, ids)
     if _equal(whole, parts, tolerance):
         return

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from kvcache_core.plan import StepPlan
 from kvcache_keras.context import outside, stepping
 from kvcache_keras.greedy import choose_greedily
 from kvcache_keras.kernels import dimensions, plain_attention, reshape
+from kvcache_keras.states import behind_zeros
 from kvcache_keras.step import Step, check_query, pack, signature
 from kvcache_keras.store import TensorStore
 from kvcache_keras.tokenmodel import run_model
@@ -24,6 +26,7 @@ __all__ = [
     "StepRunner",
     "build",
     "last_of",
+    "one_token",
     "place",
     "recompute_of",
     "recompute_scores_of",
@@ -41,13 +44,15 @@ class StepRunner:
         traces: how often each graph was traced, by name.
     """
 
-    def __init__(self, model: Any, store: TensorStore, dtype: str) -> None:
+    def __init__(self, model: Any, store: TensorStore, dtype: str, frames: int | None = None) -> None:
         self._model = model
+        self._frames = None if frames is None else (frames, dtype)
         self._store = store
         self._dtype = dtype
         self._functions: dict[str, Any] = {}
         self.traces: Counter[str] = Counter()
-        self._attention_groups = sum(kind == "attention" for kind, _ in store.layout.groups)
+        self._kinds = [kind for kind, _ in store.layout.groups]
+        self._kv_kinds = [kind for kind in self._kinds if kind != "output"]
 
     def run(self, plan: StepPlan) -> _Tensor:
         """The output behind each row's last token, [B, 1, ...]; the store's copies come first."""
@@ -94,7 +99,7 @@ class StepRunner:
                 return finish(self._run_model(Step(self._store, self._dtype, packed, last_only=False)), *extra)
 
             finish, specs = _EVERY[name]
-            spec = [*specs, *signature(self._attention_groups, size, None)]
+            spec = [*specs, *signature(self._kv_kinds, size, None, self._frames)]
             return tf.function(run_every, input_signature=spec, autograph=False)
         if name == "outputs":
 
@@ -103,7 +108,7 @@ class StepRunner:
                 return self._outputs(slots, Step(self._store, self._dtype, packed, last_only=False))
 
             spec = [tf.TensorSpec([None, None], tf.int32)]
-            spec += signature(len(self._store.layout.groups), size, None)
+            spec += signature(self._kinds, size, None, self._frames)
             return tf.function(run_all, input_signature=spec, autograph=False)
 
         if name == "loop":
@@ -113,14 +118,14 @@ class StepRunner:
                 step = Step(self._store, self._dtype, packed, last_only=True)
                 return choose_greedily(step, self._run_model, eos_ids)
 
-            spec = [tf.TensorSpec([None], tf.int32), *signature(self._attention_groups, size, None)]
+            spec = [tf.TensorSpec([None], tf.int32), *signature(self._kv_kinds, size, None)]
             return tf.function(choose, input_signature=spec, autograph=False)
 
         def run(*packed: _Tensor) -> _Tensor:
             self.traces[name] += 1
             return self._run_model(Step(self._store, self._dtype, packed, last_only=True))
 
-        spec = signature(self._attention_groups, size, 1 if name == "decode" else None)
+        spec = signature(self._kv_kinds, size, 1 if name == "decode" else None, self._frames)
         return tf.function(run, input_signature=spec, autograph=False)
 
     def _run_model(self, step: Step) -> _Tensor:
@@ -134,7 +139,7 @@ class StepRunner:
         output = self._run_model(step)
         layer = len(self._store.layout.layers) - 1
         array = self._store.array(layer, "output")
-        batch, new = dimensions(step.tokens)
+        batch, new = dimensions(step.positions)
         step.write(layer, "output", tf.reshape(output, (batch, new, 1, array.shape[2])))
         size = self._store.layout.block_size
         # Padding reads a slot of the null block, which step.write has just set to zero.
@@ -197,6 +202,10 @@ class _Uncached:
         """Plain attention that needs no gradient."""
         check_query(q, k, layer)
         return plain_attention(q, k, v, window, scale, softcap, in_chunks=True)
+
+    def with_context(self, x: _Tensor, rows: int, layer: int | None) -> _Tensor:
+        """Zeros before the inputs."""
+        return behind_zeros(x, rows)
 
 
 class Recompute:
@@ -261,11 +270,16 @@ class RecomputeScores:
         return [(scores[at, part], chosen[at, part]) for at, part in enumerate(parts)]
 
 
-def build(model: Any) -> None:
+def build(model: Any, frames: int | None = None) -> None:
     """Make the model's variables by a first call on one token: Keras runs parts of it more than once for that."""
     if not model.built:
         with outside():
-            run_model(model, tf.zeros((1, 1), tf.int32))
+            run_model(model, one_token(frames))
+
+
+def one_token(frames: int | None) -> _Tensor:
+    """The id 0, [1, 1]; or a frame of zeros, [1, 1, F]."""
+    return tf.zeros((1, 1), tf.int32) if frames is None else tf.zeros((1, 1, frames), keras.backend.floatx())
 
 
 _recomputes: weakref.WeakKeyDictionary[Any, Recompute] = weakref.WeakKeyDictionary()

@@ -14,28 +14,49 @@ from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.layout import LayerSpec
 from kvcache_core.plan import PAD_SLOT, GroupPlan, StepPlan
 from kvcache_keras.kernels import attend, attend_in_chunks, causal_mask, plain_attention
+from kvcache_keras.states import STATE_SHAPES, behind_zeros, note_context, pack_states, with_context
 from kvcache_keras.store import TensorStore, dtype_name
 
 __all__ = ["Recorder", "Step", "pack", "signature"]
 
 _Tensor = Any
-_PER_GROUP = 4
 
 
-def pack(plan: StepPlan, store: TensorStore) -> list[NDArray[np.int32]]:
-    """The plan as int32 arrays, in the order that :func:`signature` describes and :class:`Step` reads."""
-    arrays: list[Any] = [plan.tokens, plan.positions, plan.counts - 1, np.array(store.stride)]
+def pack(plan: StepPlan, store: TensorStore) -> list[NDArray[Any]]:
+    """The plan as arrays, int32 but for frames, in the order that :func:`signature` says and :class:`Step` reads."""
+    arrays: list[Any] = [plan.positions, plan.counts - 1, np.array(store.stride)]
     for group in plan.groups:
-        arrays += (group.slots, *_visible_blocks(group), _tail_slots(group, plan))
-    return [array.astype(np.int32) for array in arrays]
+        if group.kind == "state":
+            arrays += pack_states(group)
+        else:
+            arrays += (group.slots, *_visible_blocks(group), _tail_slots(group, plan))
+    tokens = plan.tokens.astype(np.int32) if plan.frames is None else plan.frames
+    return [tokens, *(array.astype(np.int32) for array in arrays)]
 
 
-def signature(num_groups: int, block_size: int, new: int | None) -> list[tf.TensorSpec]:
-    """Specs of what :func:`pack` returns; ``new`` is T, or None for any."""
-    shapes: list[Any] = [[None, new], [None, new], [None], []]
-    for _ in range(num_groups):
-        shapes += ([None, new], [None, None], [None], [None, block_size])
-    return [tf.TensorSpec(shape, tf.int32) for shape in shapes]
+def signature(
+    kinds: Sequence[str], block_size: int, new: int | None, frames: tuple[int, str] | None = None
+) -> list[tf.TensorSpec]:
+    """Specs of what :func:`pack` returns.
+
+    Args:
+        kinds: of the layer groups that the step uses.
+        block_size: tokens per block.
+        new: T, or None for any.
+        frames: (F, dtype) of a model that takes frames.
+    """
+    tokens = tf.TensorSpec([None, new], tf.int32)
+    if frames is not None:
+        tokens = tf.TensorSpec([None, new, frames[0]], "float64" if frames[1] == "float64" else "float32")
+    shapes: list[Any] = [[None, new], [None], []]
+    for kind in kinds:
+        shapes += _group_shapes(kind, block_size, new)
+    return [tokens, *(tf.TensorSpec(shape, tf.int32) for shape in shapes)]
+
+
+def _group_shapes(kind: str, block_size: int, new: int | None) -> Sequence[list[int | None]]:
+    """Shapes of what stands for a layer group in a packed plan."""
+    return STATE_SHAPES if kind == "state" else ([None, new], [None, None], [None], [None, block_size])
 
 
 def _visible_blocks(group: GroupPlan) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -79,7 +100,7 @@ class Step:
 
     @property
     def tokens(self) -> _Tensor:
-        """int32 [B, T]."""
+        """int32 [B, T]; or frames, float [B, T, F]."""
         return self.packed[0]
 
     @property
@@ -119,6 +140,24 @@ class Step:
         first = self.group(number)[2]
         return attend_in_chunks(q, keys, values, self.positions, first, window, scale, softcap)
 
+    def with_context(self, x: _Tensor, rows: int, layer: int | None) -> _Tensor:
+        """Inputs [B, T, C] of a convolution behind the ``rows`` inputs before them: [B, rows + T, C].
+
+        Raises:
+            InvalidInput: an unknown or repeated layer, or shapes or a dtype that are not the layer's.
+        """
+        layer = len(self.used) if layer is None else layer
+        layers = self.store.layout.layers
+        expected = layers[layer] if 0 <= layer < len(layers) else None
+        if layer in self.used:
+            raise InvalidInput(f"layer {layer} was used twice in one step: give each layer its own layer=")
+        found = note_context(x, rows, layer)
+        if found != expected:
+            raise InvalidInput(f"layer {layer} was attached as {expected}, and is used as {found}")
+        self.used.add(layer)
+        number = self.store.layout.group_of(layer)
+        return with_context(self.store, layer, self.group(number), self.packed[3], x)
+
     def write(self, layer: int, name: str, values: _Tensor) -> None:
         """Put [B, T, H, D] into the step's slots, and zeros behind each row's last token.
 
@@ -150,9 +189,13 @@ class Step:
         return tf.reshape(blocks, (rows, spec.heads, context, spec.size))
 
     def group(self, number: int) -> Sequence[_Tensor]:
-        """A layer group's part of :attr:`packed`: slots, visible blocks, position of the first of them, tail slots."""
-        at = 4 + _PER_GROUP * number
-        return self.packed[at : at + _PER_GROUP]
+        """A layer group's part of :attr:`packed`: slots, visible blocks, position of the first of them, tail slots.
+
+        Of a state group: what :func:`pack_states` returns.
+        """
+        sizes = [len(_group_shapes(kind, 1, 1)) for kind, _ in self.store.layout.groups[: number + 1]]
+        end = 4 + sum(sizes)
+        return self.packed[end - sizes[-1] : end]
 
     def _places(self, number: int, heads: int, which: int) -> _Tensor:
         """int32 [B, T, H, 2]: (row, offset) of the group's slots."""
@@ -232,16 +275,24 @@ class Recorder:
         softcap: float | None,
     ) -> _Tensor:
         """Plain attention; the layer's shape is noted."""
-        layer = len(self.layers) if layer is None else layer
         check_query(q, k, layer)
+        self._note(layer, k.dtype, LayerSpec.attention(k.shape[2], k.shape[3], v.shape[3], window=window))
+        return plain_attention(q, k, v, window, scale, softcap)
+
+    def with_context(self, x: _Tensor, rows: int, layer: int | None) -> _Tensor:
+        """Zeros before the inputs; the layer's state is noted."""
+        self._note(layer, x.dtype, note_context(x, rows, layer))
+        return behind_zeros(x, rows)
+
+    def _note(self, layer: int | None, dtype: Any, spec: LayerSpec) -> None:
+        layer = len(self.layers) if layer is None else layer
         if layer in self.layers:
             raise InvalidInput(f"layer {layer} was used twice in one step: give each attention call its own layer=")
-        dtype = dtype_name(k.dtype)
-        if self.dtype not in (None, dtype):
-            raise InvalidType(f"all layers must have one K/V dtype, got {self.dtype} and {dtype} in layer {layer}")
-        self.dtype = dtype
-        self.layers[layer] = LayerSpec.attention(k.shape[2], k.shape[3], v.shape[3], window=window)
-        return plain_attention(q, k, v, window, scale, softcap)
+        name = dtype_name(dtype)
+        if self.dtype not in (None, name):
+            raise InvalidType(f"all layers must have one K/V dtype, got {self.dtype} and {name} in layer {layer}")
+        self.dtype = name
+        self.layers[layer] = spec
 
     def specs(self) -> tuple[LayerSpec, ...]:
         """The layers in order.
@@ -251,8 +302,8 @@ class Recorder:
         """
         if not self.layers:
             raise InvalidInput(
-                "the model made no call of kvcache_keras.attention: build its attention layers from it (or from "
-                "CachedAttention) to cache them"
+                "the model made no call of kvcache_keras.attention (or causal_conv1d): build its attention layers from "
+                "it (or from CachedAttention) to cache them"
             )
         if sorted(self.layers) != list(range(len(self.layers))):
             raise InvalidInput(f"layer numbers must be 0 .. L - 1 without gaps, got {sorted(self.layers)}")

@@ -49,7 +49,7 @@ def _name(dtype: Any) -> str:
 
 
 class TensorStore:
-    """Variables of shape [H * (num_blocks + 1), block_size, D] per layer and array name.
+    """Variables of shape [H * (num_blocks + 1), entries, D] per layer and array name; entries is the block size, or 1.
 
     Row ``h * (num_blocks + 1) + block`` is a block of head h, so a gather by rows gives [B, H, blocks, block_size, D],
     which is [B, H, S, D] without a transpose. The variables are never read plainly: TensorFlow copies all of a
@@ -119,11 +119,11 @@ class TensorStore:
         if tuple(values.shape) != expected:
             raise InvalidInput(f"layer {layer} array {name!r} stores [N, H, D] = {expected}, got {tuple(values.shape)}")
         for part, new in self.encoded(layer, name, values).items():
-            self._arrays[layer, part].scatter_nd_update(self._places(slots, spec.heads), new)
+            self._arrays[layer, part].scatter_nd_update(self._places(layer, slots, spec.heads), new)
 
     def read(self, layer: int, name: str, slots: Any) -> _Tensor:
         """Read [N, H, D] from ``slots`` [N]; float32 where there are scales."""
-        places = self._places(np.asarray(slots), self._specs[layer, name].heads)
+        places = self._places(layer, np.asarray(slots), self._specs[layer, name].heads)
         dtype = self.layout.array_dtype(self._specs[layer, name])
         dtype = "float32" if dtype in SCALED_DTYPES else dtype
         return self.decoded(layer, name, lambda array: tf.gather_nd(array, places), dtype)
@@ -144,7 +144,7 @@ class TensorStore:
             )
 
     def export_block(self, group: int, block: int) -> BlockBytes:
-        """The content of one block: {(layer, name): numpy [block_size, H, D]}, bfloat16 and float8 as their bits."""
+        """The content of one block: {(layer, name): numpy [entries, H, D]}, bfloat16 and float8 as their bits."""
         content = {}
         for key, array in self._group_arrays(group):
             values = tf.gather(array, self._rows(key, block)).numpy().swapaxes(0, 1)
@@ -220,7 +220,7 @@ class TensorStore:
         old_stride, self.num_blocks = self.stride, num_blocks
         for key, array in self._arrays.items():
             spec = self._specs[key]
-            shape = (spec.heads, num_blocks + 1, self.layout.block_size, spec.size)
+            shape = (spec.heads, num_blocks + 1, self.layout.entries_per_block(key[0]), spec.size)
             new = np.zeros(shape, array.dtype.as_numpy_dtype)
             heads = np.arange(spec.heads)[:, None] * old_stride
             new[:, :kept] = tf.gather(array, heads + np.arange(kept)).numpy()
@@ -232,15 +232,15 @@ class TensorStore:
 
     def _allocate(self, layer: int, name: str) -> tf.Variable:
         spec = self._specs[layer, name]
-        shape = (spec.heads * self.stride, self.layout.block_size, spec.size)
+        shape = (spec.heads * self.stride, self.layout.entries_per_block(layer), spec.size)
         zeros = tf.zeros(shape, variable_dtype(self.layout.array_dtype(spec)))
         # The number of rows may change: a resize then needs no new trace.
         open_shape = tf.TensorShape([None, *shape[1:]])
         return tf.Variable(zeros, shape=open_shape, trainable=False, name=f"kvcache_{layer}_{name}")
 
-    def _places(self, slots: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    def _places(self, layer: int, slots: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
         """int64 [N, H, 2]: (row, offset) of each slot and head."""
-        block, offset = np.divmod(slots.astype(np.int64)[:, None], self.layout.block_size)
+        block, offset = np.divmod(slots.astype(np.int64)[:, None], self.layout.entries_per_block(layer))
         rows = np.arange(heads) * self.stride + block
         return np.stack([rows, np.broadcast_to(offset, rows.shape)], axis=-1)
 

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.plan import PAD_SLOT, GroupPlan
 
-__all__ = ["Rows", "check_ids", "output_slots", "rows_of"]
+__all__ = ["Rows", "check_frames", "check_ids", "output_slots", "rows_of"]
 
 
 @dataclass(frozen=True)
 class Rows:
     """The rows of an input [B, T]: each row's tokens and the column its first token stands in."""
 
-    tokens: list[NDArray[np.int64]]
+    tokens: list[NDArray[Any]]
     first: list[int]
     width: int
 
@@ -37,9 +37,11 @@ class Rows:
         """int32 [B], index of each row's last token in :meth:`aligned`."""
         return np.array([len(row) - 1 for row in self.tokens], np.int32)
 
-    def aligned(self) -> NDArray[np.int32]:
-        """int32 [B, T]: the rows from column 0 on, padded on the right."""
-        result = np.zeros((len(self.tokens), self.width), np.int32)
+    def aligned(self) -> NDArray[Any]:
+        """int32 [B, T] (frames: [B, T, F]): the rows from column 0 on, padded on the right."""
+        first = self.tokens[0]
+        shape = (len(self.tokens), self.width, *first.shape[1:])
+        result = np.zeros(shape, np.int32 if first.ndim == 1 else first.dtype)
         for at, row in enumerate(self.tokens):
             result[at, : len(row)] = row
         return result
@@ -60,25 +62,33 @@ def check_ids(x: Any) -> None:
         raise InvalidInput(f"token ids must be [B, T] with at least one row and one token, got {tuple(x.shape)}")
 
 
+def check_frames(x: Any, size: int) -> None:
+    """Raise unless ``x`` is a tensor of frames [B, T, F]; open dimensions pass."""
+    if not x.dtype.is_floating:
+        raise InvalidType(f"frames must be floating-point numbers, got {x.dtype.name}")
+    if x.shape.rank not in (None, 3) or 0 in x.shape or (x.shape.rank == 3 and x.shape[2] not in (None, size)):
+        raise InvalidInput(f"frames must be [B, T, {size}] with at least one row and one frame, got {tuple(x.shape)}")
+
+
 def rows_of(ids: NDArray[Any], lengths: Any, mask: Any) -> Rows:
     """Split an input into rows.
 
     Args:
-        ids: integers [B, T].
+        ids: integers [B, T], or frames [B, T, F].
         lengths: [B], tokens per row, padded on the right; or None.
         mask: [B, T], nonzero where there is a token, padded on either side; or None.
 
     Raises:
         InvalidInput: no rows or tokens, an empty row, or a mask with holes.
     """
-    if ids.ndim != 2 or not ids.size:
+    if ids.ndim not in (2, 3) or not ids.size:
         raise InvalidInput(f"token ids must be [B, T] with at least one row and one token, got {ids.shape}")
-    count, width = ids.shape
+    count, width = ids.shape[:2]
     first, sizes = np.zeros(count, np.int64), np.full(count, width)
     if mask is not None:
         valid = np.asarray(mask) != 0
-        if valid.shape != ids.shape:
-            raise InvalidInput(f"the mask must be [B, T] = {ids.shape} like the ids, got {valid.shape}")
+        if valid.shape != (count, width):
+            raise InvalidInput(f"the mask must be [B, T] = {(count, width)} like the ids, got {valid.shape}")
         first, sizes = valid.argmax(axis=1), valid.sum(axis=1)
         columns = np.arange(width)
         run = (columns >= first[:, None]) & (columns < (first + sizes)[:, None])
@@ -90,7 +100,8 @@ def rows_of(ids: NDArray[Any], lengths: Any, mask: Any) -> Rows:
             raise InvalidInput(f"lengths must be {count} whole numbers of at most {width}, got {sizes.tolist()}")
     if sizes.min() < 1:
         raise InvalidInput(f"every row needs at least one token, got rows of {sizes.tolist()} tokens")
-    tokens = [row[at : at + size].astype(np.int64) for row, at, size in zip(ids, first, sizes, strict=True)]
+    kind = np.dtype(np.int64) if ids.ndim == 2 else ids.dtype
+    tokens = [row[at : at + size].astype(kind) for row, at, size in zip(ids, first, sizes, strict=True)]
     return Rows(tokens, first.tolist(), width)
 
 

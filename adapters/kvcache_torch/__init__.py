@@ -1,6 +1,6 @@
 """K/V cache for PyTorch models: ``with cache: model(x)`` gives the same answer, faster."""
 
-from kvcache_torch.attention import attention, positions, select_outputs
+from kvcache_torch.attention import attention, causal_conv1d, positions, select_outputs
 from kvcache_torch.cache import KVCache
 from kvcache_torch.generate import generate, score, stream
 from kvcache_torch.linear import linear
@@ -12,6 +12,7 @@ __all__ = [
     "ParameterCache",
     "TensorStore",
     "attention",
+    "causal_conv1d",
     "generate",
     "linear",
     "positions",

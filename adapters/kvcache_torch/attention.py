@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kvcache_core.convolution import context_rows
 from kvcache_core.errors import InvalidInput
 from kvcache_torch.context import local
 from kvcache_torch.kernels import plain_attention
 
-__all__ = ["attention", "positions", "select_outputs"]
+__all__ = ["attention", "causal_conv1d", "positions", "select_outputs"]
 
 
 def positions(length: int, *, device: torch.device | str | None = None) -> Tensor:
@@ -68,6 +70,44 @@ def attention(
     return local.step.attend(q, k, v, layer, window, scale, softcap)
 
 
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, layer: int, dilation: int = 1, groups: int = 1
+) -> Tensor:
+    """Convolution over time that sees a token and the ones before it, zeros before the first.
+
+    Inside ``with cache:`` a step's inputs stand behind the last (K - 1) * dilation inputs of their sequence, which are
+    the layer's state in the cache.
+
+    Args:
+        x: [B, C, T].
+        weight: [E, C / groups, K] as for ``F.conv1d``, K at least 2; ``weight[:, :, -1]`` is for the token itself.
+        bias: [E], or None.
+        layer: the layer's own number, 0 .. L - 1, counted together with the attention layers.
+        dilation: distance between the inputs that one output sees.
+        groups: as for ``F.conv1d``; C for a depthwise convolution.
+
+    Returns:
+        [B, E, T].
+
+    Raises:
+        InvalidInput, InvalidType: a kernel of 1; inside a step, a layer used twice, or another shape or dtype than
+            when the model was first run.
+
+    Example:
+        >>> x = torch.tensor([[[1.0, 2.0, 3.0]]])
+        >>> causal_conv1d(x, torch.ones(1, 1, 2), layer=0)
+        tensor([[[1., 3., 5.]]])
+    """
+    rows = context_rows(weight.shape[2], dilation)
+    if not local.stepping:
+        joined = F.pad(x, (rows, 0))
+    elif torch.compiler.is_compiling():
+        joined = torch.ops.kvcache.with_context(x, rows, layer)
+    else:
+        joined = local.step.with_context(x, rows, layer)
+    return F.conv1d(joined, weight, bias, dilation=dilation, groups=groups)
+
+
 def select_outputs(hidden: Tensor) -> Tensor:
     """Keep only what the step needs before an expensive output layer.
 
@@ -118,3 +158,16 @@ def _(
     softcap: float | None,
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+
+
+def _with_context(x: Tensor, rows: int, layer: int) -> Tensor:
+    return local.step.with_context(x, rows, layer)
+
+
+_library.define("with_context(Tensor x, int rows, int layer) -> Tensor")
+_library.impl("with_context", _with_context, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("kvcache::with_context", lib=_library)
+def _(x: Tensor, rows: int, layer: int) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], rows + x.shape[2])

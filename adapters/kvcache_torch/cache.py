@@ -21,7 +21,15 @@ from kvcache_core.types import TokenIds
 from kvcache_torch.activation import Site
 from kvcache_torch.compiled import compiler_works
 from kvcache_torch.context import local
-from kvcache_torch.driver import AttachedForward, Driver, device_of, driver_of, evaluating, logits_of
+from kvcache_torch.driver import (
+    AttachedForward,
+    Driver,
+    device_of,
+    driver_of,
+    evaluating,
+    float_dtype,
+    logits_of,
+)
 from kvcache_torch.fingerprint import Fingerprint, Parked, source_of
 from kvcache_torch.intercept import Extras
 from kvcache_torch.linear import pack_weights as pack
@@ -191,13 +199,19 @@ class KVCache(FrontendCache):
         step = Step(plan, store, torch_dtype(self.spec.dtype))
         local.begin(step, last_only)
         try:
-            output = self._driver.run(torch.from_numpy(plan.tokens).to(store.device), step)
+            output = self._driver.run(self._input(plan), step)
         finally:
             local.end()
         if last_only and output.shape[1] != 1:
             rows = torch.arange(output.shape[0], device=output.device)
             output = output[rows, step.last_index].unsqueeze(1)
         return output
+
+    def _input(self, plan: StepPlan) -> Tensor:
+        """What the model is run on: token ids [B, T], or frames [B, T, F]."""
+        if plan.frames is None:
+            return torch.from_numpy(plan.tokens).to(self.store.device)
+        return torch.from_numpy(plan.frames).to(self.store.device, float_dtype(self.model))
 
     def _run_step(self, plan: StepPlan) -> np.ndarray[Any, Any]:
         return widened(self._last_logits(plan)).cpu().numpy()
@@ -271,7 +285,9 @@ class KVCache(FrontendCache):
             return original(*args, **kwargs)
         local.extras = extras
         try:
-            return self._transparent(_with_extras(original, extras), rows_of(args[0], lengths, mask), args[0], extras)
+            return self._transparent(
+                _with_extras(original, extras), rows_of(args[0], lengths, mask, self.frames), args[0], extras
+            )
         finally:
             local.extras = None
 

@@ -24,7 +24,16 @@ from kvcache_torch.recorder import Recorder
 from kvcache_torch.step import Step
 from kvcache_torch.store import dtype_name
 
-__all__ = ["AttachedForward", "Driver", "device_of", "driver_of", "evaluating", "logits_of", "plain_forward"]
+__all__ = [
+    "AttachedForward",
+    "Driver",
+    "device_of",
+    "driver_of",
+    "evaluating",
+    "float_dtype",
+    "logits_of",
+    "plain_forward",
+]
 
 
 class Driver:
@@ -94,7 +103,7 @@ class Driver:
         recorder = Recorder(device)
         try:
             output = self._probe(recorder, 1, intercept=False)
-            self.intercepts = not recorder.layers
+            self.intercepts = not recorder.has_attention
             if self.intercepts:
                 self._probe(Recorder(device, 2), 2, intercept=True)  # a mask says nothing about one token
                 recorder = Recorder(device)
@@ -108,19 +117,25 @@ class Driver:
             self.cache.saw_attention |= bool(recorder.layers)
         if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[1] != 1:
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise InvalidInput(f"a token model must map ids [B, T] to a tensor [B, T, ...], got {found} for [1, 1]")
+            raise InvalidInput(
+                f"a token model must map ids [B, T] or frames [B, T, F] to a tensor [B, T, ...], got {found} for T = 1"
+            )
         return ModelSpec(
             recorder.specs(),
             recorder.kv_dtype(),
             tuple(output.shape[2:]),
             dtype_name(output.dtype),
-            vocab_size(self.plain, output),
+            None if self.cache.frames else vocab_size(self.plain, output),
         )
 
     def _probe(self, recorder: Recorder, width: int, *, intercept: bool) -> Any:
         """The model over [1, width] tokens, or over as many rows as the call under way has."""
         extras = local.extras
-        ids = torch.zeros(1 if extras is None else len(extras.keys), width, dtype=torch.int64)
+        rows = 1 if extras is None else len(extras.keys)
+        if self.cache.frames:
+            ids = torch.zeros(rows, width, self.cache.frames, dtype=float_dtype(self.plain))
+        else:
+            ids = torch.zeros(rows, width, dtype=torch.int64)
         with recording(self.plain, recorder), AttentionCalls(width) if intercept else contextlib.nullcontext():
             args, kwargs = ((), {}) if extras is None else (extras.args, extras.kwargs)
             return plain_forward(self.plain)(ids.to(device_of(self.model)), *args, **kwargs)
@@ -138,14 +153,15 @@ class Driver:
         return sum(one.kind in kinds and one.default is one.empty for one in parameters) > 1
 
     def run(self, tokens: Tensor, step: Step) -> Tensor:
-        """The model over a step's new tokens [B, T], inside the step: [B, T, ...], or [B, 1, ...]."""
+        """The model over a step's new tokens [B, T], or frames [B, T, F], inside it: [B, T, ...], or [B, 1, ...]."""
         if self.intercepts is None:
             self._describe_again()
         extras = local.extras
         args, kwargs = ((), {}) if extras is None else (extras.args, extras.kwargs)
         memory = extras and MemoryStates(self.memories, (self.cache.core.namespace, extras.digest))
         with AttentionCalls(tokens.shape[1], memory) if self.intercepts else contextlib.nullcontext():
-            compiled = self.decode is not None and tokens.shape[1] == 1 and not self.intercepts and extras is None
+            plain = not self.intercepts and extras is None and not self.cache.frames
+            compiled = self.decode is not None and tokens.shape[1] == 1 and plain
             forward = self.decode if compiled and self.decode else self.model.forward.original
             output: Tensor = forward(tokens, *args, **kwargs)
         return output
@@ -279,6 +295,12 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's weights."""
+    found = (weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    return next(found, torch.get_default_dtype())
 
 
 def vocab_size(model: nn.Module, output: Tensor) -> int | None:

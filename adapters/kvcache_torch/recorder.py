@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.layout import LayerSpec
 from kvcache_torch.kernels import plain_attention
+from kvcache_torch.states import note_context
 from kvcache_torch.store import dtype_name
 
 __all__ = ["Recorder", "check_query"]
@@ -34,13 +36,26 @@ class Recorder:
     ) -> Tensor:
         """Plain attention; the layer's shape is noted."""
         check_query(q, k, layer)
+        self._note(layer, k.dtype, LayerSpec.attention(k.shape[1], k.shape[3], v.shape[3], window=window))
+        return plain_attention(q, k, v, window, scale, softcap)
+
+    def with_context(self, x: Tensor, rows: int, layer: int) -> Tensor:
+        """Zeros before the inputs; the layer's state is noted."""
+        self._note(layer, x.dtype, note_context(x, rows, layer, dtype_name))
+        return F.pad(x, (rows, 0))
+
+    def _note(self, layer: int, dtype: torch.dtype, spec: LayerSpec) -> None:
         if layer in self.layers:
             raise InvalidInput(f"layer {layer} was used twice in one step: give each attention call its own layer=")
-        if self.dtype is not None and k.dtype != self.dtype:
-            raise InvalidType(f"all layers must have one K/V dtype, got {self.dtype} and {k.dtype} in layer {layer}")
-        self.dtype = k.dtype
-        self.layers[layer] = LayerSpec.attention(k.shape[1], k.shape[3], v.shape[3], window=window)
-        return plain_attention(q, k, v, window, scale, softcap)
+        if self.dtype is not None and dtype != self.dtype:
+            raise InvalidType(f"all layers must have one K/V dtype, got {self.dtype} and {dtype} in layer {layer}")
+        self.dtype = dtype
+        self.layers[layer] = spec
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the model called ``attention``."""
+        return any(spec.kind == "attention" for spec in self.layers.values())
 
     def specs(self) -> tuple[LayerSpec, ...]:
         """The layers in order.
@@ -50,7 +65,8 @@ class Recorder:
         """
         if not self.layers:
             raise InvalidInput(
-                "the model made no call of kvcache_torch.attention: build its attention layers from it to cache them"
+                "the model made no call of kvcache_torch.attention (or causal_conv1d): build its attention layers from "
+                "it to cache them"
             )
         if sorted(self.layers) != list(range(len(self.layers))):
             raise InvalidInput(f"layer numbers must be 0 .. L - 1 without gaps, got {sorted(self.layers)}")

@@ -17,6 +17,7 @@ from kvcache_torch.native import DecodeReads, active
 from kvcache_torch.paged import PagedReads, choose
 from kvcache_torch.reading import Read, attend_reads, plan_reads
 from kvcache_torch.recorder import check_query
+from kvcache_torch.states import StateStep, check_context
 from kvcache_torch.store import TensorStore
 
 __all__ = ["Step"]
@@ -92,7 +93,12 @@ class Step:
         device = store.device
         self.positions = torch.from_numpy(plan.positions).to(device)
         self.last_index = torch.from_numpy(plan.counts - 1).to(device)
-        self._groups = [_GroupStep(plan, number, device) for number in range(len(plan.groups))]
+        self._groups = {
+            number: _GroupStep(plan, number, device)
+            for number, group in enumerate(plan.groups)
+            if group.kind != "state"
+        }
+        self._states = next((StateStep(group, device) for group in plan.groups if group.kind == "state"), None)
         self._used: set[int] = set()
         # Per (group, row), made by the first layer and the same for all others.
         self._masks: dict[tuple[int, int], Tensor] = {}
@@ -180,6 +186,27 @@ class Step:
         rows, heads, count, size = new.shape
         flat = new.transpose(0, 1).reshape(heads, rows * count, size)
         return self.store.put(layer, name, group.slots, flat).view(heads, rows, count, size).transpose(0, 1)
+
+    def with_context(self, x: Tensor, rows: int, layer: int) -> Tensor:
+        """Inputs [B, C, T] of a convolution behind the ``rows`` inputs before them: [B, C, rows + T].
+
+        Raises:
+            InvalidInput: an unknown or repeated layer, or shapes that are not the layer's.
+            InvalidType: another dtype or device than the cache's.
+        """
+        layers = self.store.layout.layers
+        spec = layers[layer] if 0 <= layer < len(layers) else None
+        check_context(x, rows, layer, spec, (self.positions.shape[0], self.positions.shape[1]))
+        if layer in self._used:
+            raise InvalidInput(f"layer {layer} was used twice in one step: give each layer its own layer=")
+        states = self.store.array(layer, "state")
+        if x.dtype != self.dtype or x.device != states.device:
+            raise InvalidType(
+                f"x of layer {layer} must be {self.dtype} on {states.device} as when the model was first run, got "
+                f"{x.dtype} on {x.device}; make a new cache for another dtype or device"
+            )
+        self._used.add(layer)
+        return self._states.with_context(x, states)  # type: ignore[union-attr]
 
     def _attend_masked(
         self,

@@ -58,8 +58,8 @@ def stored_dtype_name(dtype: torch.dtype | str) -> str:
 
 
 class TensorStore:
-    """Tensors of shape [H, slots, D] per layer and array name: a head's tokens lie side by side, so a run of
-    adjacent slots is a view that attention reads without a copy.
+    """Tensors of shape [H, slots, D] per layer and array name (a state's: [H, blocks, D]): a head's tokens lie side by
+    side, so a run of adjacent slots is a view that attention reads without a copy.
 
     A tensor is allocated when its layer is first used.
 
@@ -167,17 +167,17 @@ class TensorStore:
         if not len(pairs):
             return
         pairs = _tensor(pairs).to(self.device, torch.int64)
-        for key, array in list(self._arrays.items()):
+        for key in list(self._arrays):
             if self.layout.group_of(key[0]) == group:
-                blocks = self._blocks(array)
+                blocks = self._blocks(key)
                 blocks.index_copy_(1, pairs[:, 1], blocks.index_select(1, pairs[:, 0]))
 
     def export_block(self, group: int, block: int) -> BlockBytes:
-        """The content of one block: {(layer, name): numpy [block_size, H, D]}; bfloat16 and float8 as their bits."""
+        """The content of one block: {(layer, name): numpy [entries, H, D]}; bfloat16 and float8 as their bits."""
         content = {}
         for key in self._specs:
             if self.layout.group_of(key[0]) == group:
-                values = self._blocks(self.array(*key))[:, block].transpose(0, 1).contiguous().cpu()
+                values = self._blocks(key)[:, block].transpose(0, 1).contiguous().cpu()
                 if values.dtype == torch.bfloat16:
                     values = values.view(torch.uint16)
                 content[key] = values.numpy()
@@ -189,7 +189,7 @@ class TensorStore:
             tensor = _tensor(values)
             if self._dtype(*key) == "bfloat16":
                 tensor = tensor.view(torch.bfloat16)
-            self._blocks(self.array(*key))[:, block].copy_(tensor.transpose(0, 1))
+            self._blocks(key)[:, block].copy_(tensor.transpose(0, 1))
 
     def export_blocks(self, group: int, blocks: Sequence[int]) -> np.ndarray[Any, Any]:
         """The content of N blocks, packed: uint8 [N, bytes]."""
@@ -198,7 +198,7 @@ class TensorStore:
         with torch.inference_mode(False), torch.no_grad():
             for spec in self.layout.packed(group):
                 target = torch.from_numpy(packed_view(packed, spec)).permute(2, 0, 1, 3)
-                content = self._blocks(self.array(spec.layer, spec.name)).index_select(1, index)
+                content = self._blocks((spec.layer, spec.name)).index_select(1, index)
                 target.copy_(_bits(content, target.dtype))
         return packed
 
@@ -208,7 +208,7 @@ class TensorStore:
         with torch.inference_mode(False), torch.no_grad():
             for spec in self.layout.packed(group):
                 content = _tensor(packed_view(packed, spec)).permute(2, 0, 1, 3).to(self.device)
-                target = self._blocks(self.array(spec.layer, spec.name))
+                target = self._blocks((spec.layer, spec.name))
                 target.index_copy_(1, index, _bits(content, target.dtype))
 
     def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]]) -> None:
@@ -217,24 +217,26 @@ class TensorStore:
         self.num_blocks = num_blocks
         self._pairs.clear()
         for key in list(self._arrays):
-            old = self._blocks(self._arrays[key])
-            new = self._blocks(self._allocate(*key))
+            old = self._blocks(key)
+            self._allocate(*key)
+            new = self._blocks(key)
             new[:, :kept] = old[:, :kept]
             for source, target in moves[self.layout.group_of(key[0])].items():
                 new[:, target] = old[:, source]
 
     def _allocate(self, layer: int, name: str) -> Tensor:
         spec = self._specs[layer, name]
-        shape = (spec.heads, (self.num_blocks + 1) * self.layout.block_size, spec.size)
+        shape = (spec.heads, (self.num_blocks + 1) * self.layout.entries_per_block(layer), spec.size)
         # Not an inference tensor even inside inference_mode: those cannot be written outside it later.
         with torch.inference_mode(False):
             array = torch.zeros(shape, dtype=_STORED[self._dtype(layer, name)], device=self.device)
         self._arrays[layer, name] = array
         return array
 
-    def _blocks(self, array: Tensor) -> Tensor:
-        """The same memory seen as [H, blocks, block_size, D]."""
-        return array.view(array.shape[0], -1, self.layout.block_size, array.shape[2])
+    def _blocks(self, key: tuple[int, str]) -> Tensor:
+        """An array's memory seen as [H, blocks, entries, D]."""
+        array = self.array(*key)
+        return array.view(array.shape[0], -1, self.layout.entries_per_block(key[0]), array.shape[2])
 
 
 def _tensor(values: Any) -> Tensor:

@@ -20,9 +20,9 @@ __all__ = ["Rows", "assemble", "reason_to_bypass", "rows_of", "with_gradient_of"
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of an input [B, T]: each row's tokens and the column its first token stands in."""
+    """The rows of an input [B, T] or [B, T, F]: each row's tokens (or frames) and the column its first stands in."""
 
-    tokens: list[NDArray[np.int64]]
+    tokens: list[NDArray[Any]]
     first: list[int]
     width: int
 
@@ -53,29 +53,25 @@ class Rows:
         return output[torch.arange(len(last)), last.to(output.device)].unsqueeze(1)
 
 
-def rows_of(x: Any, lengths: Any, mask: Any) -> Rows:
+def rows_of(x: Any, lengths: Any, mask: Any, frames: int | None = None) -> Rows:
     """Check an input and split it into rows.
 
     Args:
-        x: integer ids [B, T].
+        x: integer ids [B, T], or frames [B, T, F].
         lengths: [B], tokens per row, padded on the right; or None.
         mask: [B, T], nonzero where there is a token, padded on either side; or None.
+        frames: F, if the model takes frames.
 
     Raises:
-        InvalidInput, InvalidType: no integer ids [B, T], an empty row, or a mask with holes.
+        InvalidInput, InvalidType: no integer ids [B, T] (or frames), an empty row, or a mask with holes.
     """
-    if not isinstance(x, Tensor):
-        raise InvalidType(f"token ids must be a tensor [B, T], got {type(x).__name__}")
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise InvalidType(f"token ids must be integers, got {x.dtype}")
-    if x.dim() != 2 or not x.shape[0] or not x.shape[1]:
-        raise InvalidInput(f"token ids must be [B, T] with at least one row and one token, got {tuple(x.shape)}")
-    ids = x.detach().cpu().numpy()
-    count, width = ids.shape
+    _check_frames(x, frames) if frames else _check_ids(x)
+    ids = (x.detach().float() if x.dtype in (torch.bfloat16, torch.float16) else x.detach()).cpu().numpy()
+    count, width = ids.shape[:2]
     if mask is not None:
         valid = np.asarray(torch.as_tensor(mask).detach().cpu()) != 0
-        if valid.shape != ids.shape:
-            raise InvalidInput(f"the mask must be [B, T] = {ids.shape} like the ids, got {valid.shape}")
+        if valid.shape != (count, width):
+            raise InvalidInput(f"the mask must be [B, T] = {(count, width)} like the ids, got {valid.shape}")
         first, sizes = valid.argmax(axis=1), valid.sum(axis=1)
         if any(not valid[row, at : at + size].all() for row, (at, size) in enumerate(zip(first, sizes, strict=True))):
             raise InvalidInput("the mask must mark one run of tokens per row: padding left or right, no holes")
@@ -90,6 +86,26 @@ def rows_of(x: Any, lengths: Any, mask: Any) -> Rows:
         raise InvalidInput(f"every row needs at least one token, got rows of {sizes.tolist()}")
     tokens = [ids[row, at : at + size] for row, (at, size) in enumerate(zip(first, sizes, strict=True))]
     return Rows(tokens, first.tolist(), width)
+
+
+def _check_ids(x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise InvalidType(f"token ids must be a tensor [B, T], got {type(x).__name__}")
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise InvalidType(f"token ids must be integers, got {x.dtype}")
+    if x.dim() != 2 or not x.shape[0] or not x.shape[1]:
+        raise InvalidInput(f"token ids must be [B, T] with at least one row and one token, got {tuple(x.shape)}")
+
+
+def _check_frames(x: Any, size: int) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise InvalidType(f"frames must be a tensor [B, T, {size}] of floating-point numbers, got {_kind(x)}")
+    if x.dim() != 3 or not x.shape[0] or not x.shape[1] or x.shape[2] != size:
+        raise InvalidInput(f"frames must be [B, T, {size}] with at least one row and one frame, got {tuple(x.shape)}")
+
+
+def _kind(x: Any) -> str:
+    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
 
 
 def assemble(store: TensorStore, layer: int, call: Call, rows: Rows, new: Tensor) -> Tensor:

@@ -437,3 +437,47 @@ def _resize(store: Any, naive: Naive, size: int, order: list[int]) -> None:
         for block in range(size + 1, naive.num_blocks + 1):
             naive.blocks.pop((layer, array.name, block), None)
     naive.num_blocks = size
+
+
+# ---- state layers: one entry per block, block ids in the place of slots ------------------------------------------
+
+STATES = BlockLayout([LayerSpec.attention(2, 4), LayerSpec.state(3, 5), LayerSpec.state(2, 7, "float64")], BLOCK)
+
+
+def _with_states(make: Any, seed: int = 0) -> tuple[Any, dict[int, np.ndarray]]:
+    store, content = make(STATES, 6), {}
+    for layer in (1, 2):
+        content[layer] = values(STATES, STATES.layers[layer].arrays[0], 7, seed + layer)
+        store.write(layer, "state", np.arange(7), content[layer])
+    return store, content
+
+
+def test_a_block_has_one_state_per_layer(make):
+    store, content = _with_states(make)
+    for layer, expected in content.items():
+        np.testing.assert_array_equal(read(store, layer, "state", [6, 1, 3]), expected[[6, 1, 3]])
+    store.write(0, "k", np.arange(4, 8), values(STATES, STATES.layers[0].arrays[0], 4))
+    store.write(0, "v", np.arange(4, 8), values(STATES, STATES.layers[0].arrays[1], 4))
+    assert store.nbytes == 7 * STATES.bytes_per_block == 7 * (4 * BLOCK * 16 + 4 * 15 + 8 * 14)
+
+
+def test_states_are_copied_and_keep_their_place_through_a_resize(make):
+    store, content = _with_states(make)
+    store.copy_blocks(1, np.array([[2, 5], [5, 2]]))
+    store.copy_blocks(0, np.array([[1, 3]]))
+    store.resize(4, [{}, {6: 1}])
+    for layer, old in content.items():
+        np.testing.assert_array_equal(read(store, layer, "state", [1, 2, 3, 4]), old[[6, 5, 3, 4]])
+
+
+@pytest.mark.parametrize("target", list(STORES))
+def test_states_are_the_same_bytes_in_every_store(make, target):
+    store, content = _with_states(make)
+    packed = store.export_blocks(1, [4, 2])
+    expected = [content[1][block].tobytes() + content[2][block].tobytes() for block in (4, 2)]
+    assert [one.tobytes() for one in packed] == expected
+    other = STORES[target](STATES, 3)
+    other.import_blocks(1, [1, 3], packed)
+    other.import_block(1, 2, store.export_block(1, 6))
+    for layer, old in content.items():
+        np.testing.assert_array_equal(read(other, layer, "state", [1, 3, 2]), old[[4, 2, 6]])

@@ -82,6 +82,7 @@ class CacheMachine(RuleBasedStateMachine):
     """Variants set the layers and the pool size."""
 
     windows: tuple[int | None, ...] = (None,)
+    states = False
     outputs = False
     pool_sizes = (5, 20)
     met: Counter[str]
@@ -91,7 +92,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.size = data.draw(st.integers(1, 5), "block size")
         low, high = self.pool_sizes
         layers = [LayerSpec.attention(1, 1, window=window) for window in self.windows]
-        layout = BlockLayout(layers + [LayerSpec.output(1)] * self.outputs, self.size)
+        layers += [LayerSpec.state(1, 1)] * self.states + [LayerSpec.output(1)] * self.outputs
+        layout = BlockLayout(layers, self.size)
         self.core = BlockCache(data.draw(st.integers(low, high), "blocks"), layout=layout)
         self.rows: list[Row] = []
         self.pending: list[Pending] = []
@@ -99,6 +101,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.ever: list[tuple[bytes, bool, tuple[Letter, ...]]] = []
         self.kept: list[tuple[bytes, bool, tuple[Letter, ...]]] = []
         self.exact = True
+        self.held: dict[int, tuple[Letter, ...]] = {}
+        """Per block of the state group: what its state is behind."""
+
+    @property
+    def full(self) -> bool:
+        """Whether every token that was computed can be used, however it was met."""
+        return not self.states and all(window is None for window in self.windows)
 
     # ---- the model's answers ---------------------------------------------------------------------------
 
@@ -193,10 +202,14 @@ class CacheMachine(RuleBasedStateMachine):
         self.prompt = prompt
         seq = self.core.open(prompt, salt, extra_keys=extra, max_new_tokens=ahead, outputs=outputs)
         assert seq.length == seq.num_cached <= most
-        if self.exact and all(window is None for window in self.windows):
+        if self.exact and self.full:
             assert seq.num_cached >= least
             self.met["exact match"] += least == most > 0
             self.met["match inside a block"] += least % self.size > 0
+        if self.exact and self.states and not any(self.windows):
+            assert seq.num_cached >= least // self.size * self.size
+            self.met["exact match"] += least >= self.size
+            self.met["match inside a block"] += seq.num_cached % self.size > 0
         self.met["match"] += seq.num_cached > 0
         self.rows.append(Row(seq, prompt[: seq.num_cached], salt, extra, outputs, len(prompt) + ahead if ahead else 0))
 
@@ -244,14 +257,31 @@ class CacheMachine(RuleBasedStateMachine):
             assert snapshot(self.core) == before
             assert full.needed > full.available
             assert str(full.needed) in str(full) and str(self.core.num_blocks) in str(full)
-            if all(window is None for window in self.windows):
+            if self.full:
                 assert need > self.core.num_blocks, (need, full)
             return None
         for row, ids in zip(rows, tokens, strict=True):
             row.pending = len(ids)
         assert plan.counts.tolist() == [len(ids) for ids in tokens]
         assert plan.starts.tolist() == [len(row.tokens) for row in rows]
+        assert all((group.copies > 0).all() for group in plan.groups)
+        if self.states:
+            self._move_states(plan, rows, tokens)
         return Pending(plan, rows, tokens)
+
+    def _move_states(self, plan: Any, rows: list[Row], tokens: list[list[int]]) -> None:
+        """What a model does: read each row's state, write the new ones. Nobody else's may change, come what may."""
+        group = plan.groups[[group.kind for group in self.core.groups].index("state")]
+        assert not len(group.copies)
+        for row, block in zip(rows, group.state_reads.tolist(), strict=True):
+            assert self.held[block] == row.letters if row.tokens else block == 0
+        written = group.state_writes[:, 2].tolist()
+        assert len(set(written)) == len(written) and not {0, *group.state_reads.tolist()} & set(written)
+        for number, end, block in group.state_writes.tolist():
+            row = rows[number]
+            after = row.tokens + tokens[number][:end]
+            self.held[block] = tuple((token, row.extras.get(at)) for at, token in enumerate(after))
+        self.met["state moved"] += group.state_reads.any()
 
     def _commit(self, step: Pending) -> None:
         self.core.commit(step.plan)
@@ -336,7 +366,7 @@ class CacheMachine(RuleBasedStateMachine):
         try:
             row.seq.truncate(length)
         except InvalidInput as error:
-            assert any(window is not None for window in self.windows), error
+            assert not self.full, error
             assert snapshot(self.core) == before
             self.met["truncate refused"] += 1
             return
@@ -394,16 +424,19 @@ class CacheMachine(RuleBasedStateMachine):
         before = snapshot(self.core)
         stats = self.core.stats()
         try:
-            self.core.resize(blocks)
+            resized = self.core.resize(blocks)
         except StepError:
             assert self.pending and snapshot(self.core) == before
         except CacheFull as full:
             assert snapshot(self.core) == before
             assert full.needed > blocks == full.available
-            if all(window is None for window in self.windows):
+            if self.full:
                 assert self._live_bound() > blocks
             self.met["resize refused"] += 1
         else:
+            for group, result in zip(self.core.groups, resized, strict=True):
+                if group.kind == "state":
+                    self.held |= {new: self.held[old] for old, new in result.moves.items() if old in self.held}
             assert self.core.num_blocks == blocks
             assert not stats.evicted_blocks or not self.exact or self.core.stats().evicted_blocks
             self.met["resize"] += 1
@@ -413,6 +446,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.core.clear()
         assert self.core.stats().cached_blocks == 0
         self.kept = []
+        self.exact = self.exact and not self.states  # a row holds its last state alone
         for row in self.rows:
             self._keep_full_blocks(row)
 
@@ -473,6 +507,16 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "window": ({"windows": (4,)}, ("match", "copy", "eviction", "truncate")),
     "mixed": ({"windows": (None, 3, 7)}, ("match", "copy", "CacheFull", "eviction", "truncate")),
     "outputs": ({"outputs": True, "pool_sizes": (8, 200)}, ("match", "copy", "exact match")),
+    "states": ({"states": True}, ("match", "state moved", "CacheFull", "eviction", "truncate", "truncate refused")),
+    "states, a pool too large to evict": (
+        {"states": True, "pool_sizes": (400, 400)},
+        ("exact match", "match inside a block", "copy", "state moved", "rollback"),
+    ),
+    "states alone": ({"windows": (), "states": True}, ("match", "state moved", "eviction", "truncate")),
+    "states with windows and outputs": (
+        {"windows": (None, 5), "states": True, "outputs": True},
+        ("match", "copy", "state moved"),
+    ),
     "mixed with outputs": ({"windows": (None, 5), "outputs": True}, ("match", "copy", "eviction")),
 }
 

@@ -75,6 +75,21 @@ def test_cached_equals_recompute_with_windows_only():
     _assert_met(met, "outputs compared", "prefix hits", "rolled back tokens")
 
 
+def test_cached_equals_recompute_with_convolutions():
+    met: Counter[str] = Counter()
+
+    @QUICK
+    @given(decoder_configs(convs=True, block_sizes=(1, 2, 3, 4), max_layers=2), scripts())
+    def check(config, script):
+        _run(config, script, met, max_open=4)
+
+    check()
+    _assert_met(
+        met, "outputs compared", "prefix hits", "CacheFull", "fork", "fail", "rolled back tokens", "truncate refused",
+        "ragged batches", "split prompts", "resize",
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("max_open", [2, 6])
 def test_cached_equals_recompute_at_length(max_open):

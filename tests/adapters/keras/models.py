@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from kvcache_keras import CachedAttention, KVCache, PositionIds, attention, positions, select_outputs
+from kvcache_keras import CachedAttention, KVCache, PositionIds, attention, causal_conv1d, positions, select_outputs
 from tests.reference_decoder import DecoderConfig, InjectedFault, Weights, forward
 
 VOCAB = 50
@@ -68,7 +68,11 @@ class Decoder(keras.Model):
 
     def call(self, x: Any) -> Any:
         weights = {name: tf.convert_to_tensor(variable) for name, variable in self.named.items()}
-        return forward(KerasOps(self.config.dtype), self.config, weights, x, positions(tf.shape(x)[1]), self.attend)
+        ops = KerasOps(self.config.dtype)
+        return forward(ops, self.config, weights, x, positions(tf.shape(x)[1]), self.attend, self.convolve)
+
+    def convolve(self, layer: int, x: Any, weight: Any, dilation: int) -> Any:
+        return causal_conv1d(x, weight, layer=layer, dilation=dilation)
 
     def attend(self, layer: int, q: Any, k: Any, v: Any) -> Any:
         config = self.config

@@ -45,6 +45,18 @@ def test_eager_windows(eager: None, config: DecoderConfig, script: Script) -> No
     check(config, script)
 
 
+@settings(max_examples=5)
+@given(decoder_configs(head_sizes=HEADS, convs=True, max_layers=2, block_sizes=(1, 2, 4)), scripts(max_actions=20))
+def test_graph_with_convolutions(config: DecoderConfig, script: Script) -> None:
+    check(config, script)
+
+
+@settings(max_examples=6)
+@given(decoder_configs(head_sizes=HEADS, convs=True, block_sizes=(1, 2, 4)), scripts(max_actions=20))
+def test_eager_with_convolutions(eager: None, config: DecoderConfig, script: Script) -> None:
+    check(config, script)
+
+
 @settings(max_examples=3)
 @given(decoder_configs(head_sizes=HEADS, dtypes=("bfloat16",)), scripts(max_actions=16))
 def test_eager_bfloat16(eager: None, config: DecoderConfig, script: Script) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvcache_torch import KVCache, attention, positions, select_outputs
+from kvcache_torch import KVCache, attention, causal_conv1d, positions, select_outputs
 from tests.reference_decoder import DecoderConfig, InjectedFault, Weights, forward
 
 # The models are tiny: a second thread would only be waited for, and worse where several test processes share cores.
@@ -68,7 +68,11 @@ class RandomDecoder(nn.Module):
         weights = {name: self.named[name.replace(".", "_")] for name in self.names}
         where = positions(x.shape[1], device=x.device)
         ops = TorchOps(weights["head"].dtype)
-        return forward(ops, self.config, weights, x, where, self.attend)
+        return forward(ops, self.config, weights, x, where, self.attend, self.convolve)
+
+    def convolve(self, layer: int, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+        y = causal_conv1d(x.transpose(1, 2), weight.permute(2, 1, 0), layer=layer, dilation=dilation)
+        return y.transpose(1, 2)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         config = self.config
@@ -101,7 +105,7 @@ class TorchBackend:
         self.cache.attach(self.model, outputs="last")
         self.core = self.cache.core
         self.device = device
-        for layer in range(config.layers):
+        for layer in range(len(self.cache.store.layout.layers)):
             for spec in self.cache.store.layout.stored(layer):
                 # Whoever reads a slot that no token was written to gets NaN: from scales where they are.
                 array = self.cache.store.array(layer, spec.name)

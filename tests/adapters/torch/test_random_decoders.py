@@ -47,6 +47,12 @@ def test_under_inference_mode_and_no_grad(config, script, context):
         run(config, script)
 
 
+@given(config=decoder_configs(convs=True, dtypes=["float32"], block_sizes=(1, 2, 3, 4)), script=scripts())
+@settings(max_examples=30)
+def test_convolutions(config, script):
+    run(config, script).report()
+
+
 @given(config=decoder_configs(dtypes=["bfloat16"], max_layers=2), script=scripts(max_actions=16))
 @settings(max_examples=25)
 def test_bfloat16(config, script):
