@@ -20,6 +20,7 @@ ORDER = (
     "torch_requests",
     "torch_beam",
     "torch_score",
+    "streaming_speech",
     "torch_activation",
     "hf_generate",
     "hf_beam",

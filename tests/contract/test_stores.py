@@ -441,7 +441,7 @@ def _resize(store: Any, naive: Naive, size: int, order: list[int]) -> None:
 
 # ---- state layers: one entry per block, block ids in the place of slots ------------------------------------------
 
-STATES = BlockLayout([LayerSpec.attention(2, 4), LayerSpec.state(3, 5), LayerSpec.state(2, 7, "float64")], BLOCK)
+STATES = BlockLayout([LayerSpec.attention(2, 4), LayerSpec.state(4, 5), LayerSpec.state(2, 7, "float64")], BLOCK)
 
 
 def _with_states(make: Any, seed: int = 0) -> tuple[Any, dict[int, np.ndarray]]:
@@ -458,7 +458,7 @@ def test_a_block_has_one_state_per_layer(make):
         np.testing.assert_array_equal(read(store, layer, "state", [6, 1, 3]), expected[[6, 1, 3]])
     store.write(0, "k", np.arange(4, 8), values(STATES, STATES.layers[0].arrays[0], 4))
     store.write(0, "v", np.arange(4, 8), values(STATES, STATES.layers[0].arrays[1], 4))
-    assert store.nbytes == 7 * STATES.bytes_per_block == 7 * (4 * BLOCK * 16 + 4 * 15 + 8 * 14)
+    assert store.nbytes == 7 * STATES.bytes_per_block == 7 * (4 * BLOCK * 16 + 4 * 20 + 8 * 14)
 
 
 def test_states_are_copied_and_keep_their_place_through_a_resize(make):

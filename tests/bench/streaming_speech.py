@@ -1,0 +1,77 @@
+"""A speech encoder that hears 100 ms at a time, against running the whole utterance again for each chunk."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+from measure import Row, Table, alternate, seconds
+
+import speech
+
+AGAIN = "the whole utterance again for each chunk"
+TARGET = 0.1
+CHUNK = 10
+"""Frames of 10 ms."""
+
+
+def main(*, quick: bool = False) -> Table:
+    """Both frameworks, streamed and not, by turns."""
+    runs, length = (2, 4.0) if quick else (5, 20.0)
+    frames = speech.speech(length)
+    text = [
+        f"The encoder of `examples/torch_streaming_speech.py` and its Keras twin (random weights) over {length:g} s of "
+        f"spoken text, {CHUNK * 10} ms at a time: all outputs of all chunks. Each run starts with an empty cache; "
+        "results are compared.",
+    ]
+    rows = [case("torch", frames, runs), case("keras", frames, runs)]
+    return Table("streaming_speech", "Streaming speech encoder", text, rows)
+
+
+def case(name: str, frames: np.ndarray, runs: int) -> Row:
+    """Seconds for all chunks."""
+    example = importlib.import_module(f"{name}_streaming_speech")
+    model = example.build()
+    again: Any = whole_torch(model, frames) if name == "torch" else whole_keras(model, frames)
+    cache = importlib.import_module(f"kvcache_{name}").KVCache(size=len(frames) // 16 + 4)
+    cache.attach(model, frames=speech.FRAME, outputs="last")
+    found: dict[str, np.ndarray] = {}
+
+    def ours() -> float:
+        def run() -> None:
+            found["ours"] = np.concatenate(list(example.stream(cache, frames, CHUNK)))
+
+        cache.clear()
+        return seconds(run)
+
+    def without() -> float:
+        def run() -> None:
+            for end in range(CHUNK, len(frames) + 1, CHUNK):
+                found[AGAIN] = again(end)
+
+        return seconds(run)
+
+    samples = alternate({"ours": ours, AGAIN: without}, runs, f"speech, {name}", warm_up=1)
+    np.testing.assert_allclose(found["ours"], found[AGAIN], rtol=0, atol=1e-4 * np.abs(found[AGAIN]).max())
+    label = {"torch": "PyTorch", "keras": "Keras"}[name]
+    return Row.of(f"{label}, {len(frames) // 100} s", "s", samples, target=(AGAIN, TARGET))
+
+
+def whole_torch(model: Any, frames: np.ndarray) -> Any:
+    """The first ``end`` frames through the model."""
+    import torch
+
+    def run(end: int) -> np.ndarray:
+        with torch.inference_mode():
+            return model(torch.from_numpy(frames[None, :end]))[0].numpy()
+
+    return run
+
+
+def whole_keras(model: Any, frames: np.ndarray) -> Any:
+    """The same in one graph for every length."""
+    import tensorflow as tf
+
+    graph = tf.function(model, input_signature=[tf.TensorSpec([1, None, speech.FRAME])])
+    return lambda end: graph(frames[None, :end])[0].numpy()
