@@ -10,7 +10,7 @@ import numpy as np
 
 from kvcache_core.cache import token_array
 from kvcache_core.decoder import Decoder
-from kvcache_core.errors import InvalidInput
+from kvcache_core.errors import CacheFull, InvalidInput
 from kvcache_core.options import GenerateOptions
 from kvcache_core.sampling import pick
 from kvcache_core.scheduling import Job, PromptQueue
@@ -160,8 +160,7 @@ class _Batch:
         drafters = [row.drafter for row in rows if row.drafter is not None]
         if drafters:
             drafts = [drafter.draft(row.left - 1) for row, drafter in zip(rows, drafters, strict=True)]
-            if worth_verifying(drafts, [drafter.rate for drafter in drafters]):
-                self._verify(drafts)
+            if worth_verifying(drafts, [drafter.rate for drafter in drafters]) and self._verify(drafts):
                 return
             if any(drafter.hopeful for drafter in drafters):
                 steps = 1  # a draft may be found behind the next token
@@ -175,17 +174,27 @@ class _Batch:
             for row, scores in zip(rows, self._decoder.step(seqs, pending), strict=True):
                 row.append([pick(scores, self._options.sampling, row.random)])
 
-    def _verify(self, drafts: Sequence[list[int]]) -> None:
-        """One step over every row's draft; what the model would not have chosen is taken back."""
+    def _verify(self, drafts: Sequence[list[int]]) -> bool:
+        """One step over every row's draft; what the model would not have chosen is taken back.
+
+        Returns:
+            False if there is no room for the drafts, with nothing changed: admission counts plain decoding, and in a
+            layer with a window a draft takes more than that.
+        """
         rows = self._rows
         run = self._decoder.step_greedy_all if self._greedy else self._decoder.step_all
-        found = run([row.seq for row in rows], [row.pending + draft for row, draft in zip(rows, drafts, strict=True)])
+        tokens = [row.pending + draft for row, draft in zip(rows, drafts, strict=True)]
+        try:
+            found = run([row.seq for row in rows], tokens)
+        except CacheFull:
+            return False
         for row, draft, all_scores in zip(rows, drafts, found, strict=True):
-            tokens = self._accept(row, draft, all_scores[len(row.pending) - 1 :])
+            chosen = self._accept(row, draft, all_scores[len(row.pending) - 1 :])
             if row.drafter is not None:
-                row.drafter.learn(len(draft), len(tokens) - 1)
-            row.append(tokens)
-            self._take_back(row, len(draft) - len(tokens) + 1)
+                row.drafter.learn(len(draft), len(chosen) - 1)
+            row.append(chosen)
+            self._take_back(row, len(draft) - len(chosen) + 1)
+        return True
 
     def _accept(self, row: _Row, draft: Sequence[int], found: Any) -> list[int]:
         """The tokens that plain decoding would have chosen, up to the first that was not drafted.

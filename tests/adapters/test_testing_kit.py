@@ -17,6 +17,7 @@ import kvcache_keras
 import kvcache_torch
 from kvcache_core import InvalidInput, KVCacheWarning
 from kvcache_core.testing import assert_cached_equals_recompute
+from kvcache_core.testing_bound import distance, longest
 from tests.adapters.torch.models import RandomDecoder, Small
 from tests.reference_decoder import decoder_configs, make_weights
 
@@ -267,9 +268,7 @@ def test_without_a_vocabulary_ids_come_from_the_prompts():
 
 def test_the_model_is_what_the_arrays_say():
     """The kit's own arithmetic, on numbers: shapes differ, NaN is never within a bound."""
-    from kvcache_core import testing
-
-    assert np.isnan(testing._distance(np.array([np.nan]), np.array([0.0])))
+    assert np.isnan(distance(np.array([np.nan]), np.array([0.0])))
     with pytest.raises(AssertionError, match="shape"):
-        testing._distance(np.zeros(2), np.zeros(3))
-    assert testing._longest({(1,), (1, 2), (2,)}) == [(1, 2), (2,)]
+        distance(np.zeros(2), np.zeros(3))
+    assert longest({(1,), (1, 2), (2,)}) == [(1, 2), (2,)]

@@ -134,6 +134,26 @@ def test_continuations_that_are_not_forked_yet_need_room_too():
     cached.cache.check_at_rest()
 
 
+@given(
+    window=st.integers(8, 17),
+    length=st.integers(4, 16),
+    rows=st.integers(1, 2),
+    n=st.integers(1, 2),
+    spare=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=30)
+def test_drafts_need_no_room_of_their_own(window, length, rows, n, spare, seed):
+    """What admission counts is enough for plain decoding; a draft that does not fit a window's room is not tried."""
+    config = DecoderConfig(dtype="float64", windows=(window,), width=8, block_size=1, seed=seed)
+    options = GenerateOptions(9, sampling=Sampling(0.9, seed=0), n=n, speculate=Speculation(6, 2, 1))
+    least = min(length + 9, max(length, window) + 2) + (n - 1) * 10
+    cached, plain = decoders(config, least + spare)
+    prompts = [[0] * length] * rows
+    assert generate_tokens(cached, prompts, options) == generate_tokens(plain, prompts, options)
+    cached.cache.check_at_rest()
+
+
 def test_a_long_prompt_does_not_starve_the_rows_that_run():
     cached, _ = decoders(replace(CONFIG, windows=(None,)), 30)
     prompts, limits = [[0, *text(0, 7)], [1, *text(1, 39)], [2, *text(2, 63)]], [20, 2, 1]
