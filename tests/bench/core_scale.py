@@ -52,6 +52,37 @@ class Load:
         return whole / count / 1e3, appended / count / NEW_TOKENS
 
 
+class Strangers:
+    """One-block prompts that have nothing in common: as many children of one node as the pool has blocks."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.core = BlockCache(num_blocks, BLOCK_SIZE)
+        self.rng = np.random.default_rng(0)
+
+    def prompts(self, count: int) -> list[list[int]]:
+        return self.rng.integers(0, 2**30, (count, BLOCK_SIZE)).tolist()
+
+    def fill(self) -> None:
+        """Until the pool evicts; many in one step, which is faster."""
+        rows = min(200, self.core.num_blocks // 2)
+        while not self.core.stats().evicted_blocks:
+            prompts = self.prompts(rows)
+            seqs = [self.core.open(prompt) for prompt in prompts]
+            self.core.commit(self.core.plan(seqs, prompts))
+            for seq in seqs:
+                self.core.close(seq)
+
+    def run(self, count: int) -> float:
+        """Microseconds per request: open, plan, commit, close."""
+        prompts = self.prompts(count)
+        start = time.thread_time_ns()
+        for prompt in prompts:
+            seq = self.core.open(prompt)
+            self.core.commit(self.core.plan([seq], [prompt]))
+            self.core.close(seq)
+        return (time.thread_time_ns() - start) / count / 1e3
+
+
 def draw(rows: list[Row]) -> None:
     """The chart: flat lines are what was promised."""
     import matplotlib as mpl
@@ -63,6 +94,8 @@ def draw(rows: list[Row]) -> None:
     axes.plot(
         SIZES[: len(rows)], [row.ours.median for row in rows], "o-", label="prompt of 64 blocks, 32 of them cached (µs)"
     )
+    short = [row.extra["µs/one-block prompt"] for row in rows]
+    axes.plot(SIZES[: len(rows)], short, "^-", label="prompt of one block, none alike (µs)")
     appends = [row.extra["ns/append"] / 1e3 for row in rows]
     axes.plot(SIZES[: len(rows)], appends, "s-", label="append, a new block every 16 (µs)")
     axes.set(xscale="log", yscale="log", xlabel="blocks in the pool, full", ylabel="µs", ylim=(0.1, 2000))
@@ -81,9 +114,13 @@ def main(*, quick: bool = False) -> Table:
         load.fill()
         load.run(50)
         found = [load.run(50 if quick else 200) for _ in range(5 if quick else 9)]
+        strangers = Strangers(size)
+        strangers.fill()
+        short = [strangers.run(200) for _ in range(5 if quick else 9)]
         row = Row(f"pool of {size:,} blocks", "µs/prompt", Spread.of(prompt for prompt, _ in found))
         row.extra = {
             "ns/append": statistics.median(append for _, append in found),
+            "µs/one-block prompt": statistics.median(short),
             "ms to make the pool": load.build_ms,
         }
         rows.append(row)
@@ -91,9 +128,10 @@ def main(*, quick: bool = False) -> Table:
     text = [
         f"A full pool that evicts for every request. A prompt of {HEAD_BLOCKS + OWN_BLOCKS} blocks of {BLOCK_SIZE} "
         f"tokens, {HEAD_BLOCKS} of them cached: open, plan, commit, close; then {NEW_TOKENS} appends, of which every "
-        "sixteenth takes a new block. Processor time. The run draws `out/bench/core_scale.svg`. About once in as many "
-        "releases as the pool has blocks the LRU queue is written anew; a run that meets this in a pool of a million "
-        "blocks is the upper end of its range.",
+        "sixteenth takes a new block. One-block prompts have nothing in common: all are children of one node, as many "
+        "as the pool has blocks. Processor time. The run draws `out/bench/core_scale.svg`.",
+        "About once in as many releases as the pool has blocks the LRU queue is written anew; in a pool of a million "
+        "blocks a run that meets this is the upper end of the range.",
     ]
     return Table("core_scale", "Cost of an operation against the size of the pool", text, rows)
 
