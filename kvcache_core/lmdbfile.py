@@ -103,9 +103,9 @@ def make_folder(path: Path, name: str) -> None:
     Raises:
         InvalidInput: it is no folder, or cannot be written.
     """
-    if path.exists() and not path.is_dir():
-        raise InvalidInput(f"tier {name!r}: {path} is a file; a disk tier needs a folder of its own")
     try:
+        if path.exists() and not path.is_dir():
+            raise InvalidInput(f"tier {name!r}: {path} is a file; a disk tier needs a folder of its own")
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".writable-{os.getpid()}-{threading.get_ident()}"
         probe.touch()

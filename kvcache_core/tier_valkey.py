@@ -53,7 +53,8 @@ def open_valkey_tier(url: str) -> ValkeyTier:
     password = unquote(parts.password) if parts.password else os.environ.get("KVCACHE_VALKEY_PASSWORD")
     tls: dict[str, Any] = {}
     if parts.scheme in ("valkeys", "rediss"):
-        tls = {"ssl": True, "ssl_ca_certs": options.get("ca")}
+        # The client's own default takes a certificate that is valid for any other host.
+        tls = {"ssl": True, "ssl_ca_certs": options.get("ca"), "ssl_check_hostname": True}
         if options.get("verify") == "off":
             tls |= {"ssl_cert_reqs": "none", "ssl_check_hostname": False}
     return ValkeyTier(

@@ -81,6 +81,7 @@ def _fill(model: object, cache: KVCache, tokens: list[int]) -> None:
 def _first_token(model: object, cache: KVCache, tokens: list[int]) -> Callable[[], float]:
     def run() -> float:
         cache.attach(model, outputs="last")
+        cache.refresh()  # the weights' identity is computed once after attaching, not per prompt
         cache.clear()
 
         def answer() -> None:

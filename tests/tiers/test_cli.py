@@ -11,6 +11,7 @@ import pytest
 typer_testing = pytest.importorskip("typer.testing")
 
 from kvcache_core.cli import app, console  # noqa: E402
+from kvcache_core.tier_file import write_saved  # noqa: E402
 from kvcache_core.tiers import open_tier  # noqa: E402
 from tests.tiers.test_tiering import WEIGHTS, Cache, prompt  # noqa: E402
 
@@ -51,6 +52,34 @@ def test_verify_finds_the_damaged_one(url):
     assert code == 1
     assert "not of this library" in text
     assert next(line for line in text.splitlines() if WEIGHTS.hex() in line).split("│")[-2].strip() == "1"
+
+
+def test_progress_is_shown(url, monkeypatch):
+    shown = []
+
+    def track(values, description, **options):
+        values = list(values)
+        shown.append((description, len(values)))
+        return values
+
+    monkeypatch.setattr("kvcache_core.cli.track", track)
+    run("inspect", url)
+    run("inspect", url, "--verify")
+    run("inspect", url, "--prune", "--model", WEIGHTS.hex())
+    assert shown == [("listing", 20), ("reading", 20), ("listing", 20), ("choosing", 20), ("deleting", 1)]
+
+
+def test_a_saved_cache_can_be_inspected_and_not_pruned(tmp_path, url):
+    tier = open_tier(url)
+    items = [(item.key, tier.get_many([item.key])[0] or b"") for item in tier.items()]
+    tier.close()
+    write_saved(tmp_path / "saved", {"size": 20}, [items])
+    code, text = run("inspect", f"file:{tmp_path / 'saved'}", "--verify")
+    assert code == 0
+    assert WEIGHTS.hex() in text
+    code, text = run("inspect", f"file:{tmp_path / 'saved'}", "--prune", "--model", WEIGHTS.hex())
+    assert code == 2
+    assert "cannot delete" in text
 
 
 def test_prune(url):

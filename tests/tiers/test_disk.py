@@ -8,16 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import lmdb
 import pytest
 
-from kvcache_core import InvalidInput
+from kvcache_core import InvalidInput, KVCacheWarning
 from kvcache_core.blockformat import ArrayEntry, BlockCodec
 from kvcache_core.errors import TierError
 from kvcache_core.tier_disk import DiskTier
 from kvcache_core.tiers import open_tier
+from tests.tiers.test_tiering import Cache, prompt
 
 MIB = 1 << 20
 CODEC = BlockCodec(
@@ -261,6 +263,100 @@ def test_a_writer_that_holds_the_lock_holds_up_writers_only(tmp_path):
     tier.close()
 
 
+def put_one_by_one(tier: DiskTier, count: int) -> None:
+    for number in range(count):
+        tier.put_many([(key(number), value(number))])
+
+
+def test_a_small_file_system(tmp_path):
+    """Real ENOSPC from a mount of its own, where mounting is allowed."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"mounting is not allowed here: {mounted.stderr.decode().strip()}")
+    try:
+        cache = Cache(6, [f"disk:{folder}?max=64MiB&sync=on"])
+        tier = cache.stack.tiers[0]
+        with pytest.raises((lmdb.Error, OSError)):
+            put_one_by_one(tier, 500)
+        assert 0 < verified(tier, 500) < 500
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", KVCacheWarning)
+            for turn in range(20):
+                cache.run(prompt(turn % 3))
+                cache.stack.flush(5)
+            assert cache.stack.stats[0].lost > 0
+            cache.stack.close()
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def newer_process(url: str) -> list[str]:
+    """What a process of the next format version finds of one prompt, twice."""
+    done = subprocess.run(
+        [sys.executable, "-c", NEWER, url],
+        # What the prompt's tokens are worth is a hash.
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONHASHSEED": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split()
+
+
+def test_two_code_versions_share_a_file(tmp_path):
+    """A process of another block format version, in every order: neither sees the other's blocks, both are served."""
+    url = f"disk:{tmp_path}?max=8MiB&sync=off"
+    assert newer_process(url) == ["0", "20"]
+    cache = Cache(20, [url])
+    assert cache.run(prompt(1)) == 0
+    assert cache.stack.stats[0].refused == 0, "other keys: a plain miss"
+    assert cache.stack.close()
+    tier = DiskTier(tmp_path, 8 * MIB)
+    assert sorted({item.key[0] for item in tier.items()}) == [1, 2]
+    mine = next(item.key for item in tier.items() if item.key[0] == 1)
+    tier.put_many([(mine, tier.get_many([b"\2" + mine[1:]])[0] or b"")])
+    tier.close()
+    again = Cache(20, [url])
+    with pytest.warns(KVCacheWarning, match="another format version"):
+        again.run(prompt(1))
+    assert again.stack.stats[0].refused == 1
+    again.stack.close()
+    assert newer_process(url) == ["20", "20"]
+
+
+NEWER = """
+import sys
+import kvcache_core.blockformat
+kvcache_core.blockformat.FORMAT_VERSION = 2
+from tests.tiers.test_tiering import Cache, prompt
+for _ in range(2):
+    cache = Cache(20, [sys.argv[1]])
+    print(cache.run(prompt(1)))
+    assert cache.stack.close()
+"""
+
+
+def test_the_clock_set_back_serves_what_was_written_in_the_future(tmp_path, monkeypatch):
+    url = f"disk:{tmp_path}?max=8MiB&sync=off"
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    cache = Cache(20, [url])
+    cache.run(prompt(1))
+    assert cache.stack.close()
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    again = Cache(20, ["ram:1MiB", url])
+    assert again.run(prompt(1)) == 20
+    again.run(prompt(2))
+    assert again.stack.close()
+    monkeypatch.undo()
+    last = Cache(20, [url])
+    assert [last.run(prompt(1)), last.run(prompt(2))] == [20, 20]
+    assert last.stack.close()
+
+
 # ---- bad input --------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +378,32 @@ def test_a_bad_url_is_one_clear_error(tmp_path, url, message):
     with pytest.raises(InvalidInput, match=message) as raised:
         open_tier(url.format(tmp_path))
     assert "disk:" in str(raised.value)
+
+
+def test_no_permission_is_one_clear_error(tmp_path):
+    """Somebody else's folder: tried by a child, for the tests may run as a user who may do everything."""
+    folder = tmp_path / "theirs"
+    folder.mkdir(mode=0o555)
+    code = """
+import os, sys
+import kvcache_core.tier_disk
+from kvcache_core.tiers import open_tier
+if not os.geteuid():
+    os.setuid(65534)
+try:
+    open_tier(sys.argv[1])
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"disk:{folder}?max=8MiB"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "tier 'disk:" in done.stdout
+    assert "name a folder that can" in done.stdout
 
 
 def test_a_file_of_another_version_is_refused(tmp_path):

@@ -18,6 +18,7 @@ from kvcache_core.errors import TierError
 from kvcache_core.tier_valkey import ValkeyTier
 from kvcache_core.tiers import RamTier, open_tier
 from tests.tiers.test_tiering import Cache, prompt
+from tests.tiers.tlsproxy import OPENSSL, TlsProxy, make_certificate
 
 
 def url(server: Any, more: str = "") -> str:
@@ -278,3 +279,60 @@ def test_passwords(monkeypatch):
 def test_tls_where_there_is_none(valkey_server):
     with pytest.raises(TierError, match="cannot be used"):
         open_tier(f"valkeys://127.0.0.1:{valkey_server.port}/0?timeout=0.3")
+
+
+# ---- TLS --------------------------------------------------------------------------------------------------------
+
+with_openssl = pytest.mark.skipif(OPENSSL is None, reason="makes a certificate with openssl")
+
+
+@with_openssl
+def test_blocks_travel_encrypted(valkey_server, valkey_url, tmp_path):
+    certificate, key = make_certificate(tmp_path)
+    with TlsProxy(valkey_server.port, certificate, key) as proxy:
+        cache = Cache(6, [f"valkeys://127.0.0.1:{proxy.port}/0?timeout=5&ca={certificate}"])
+        assert turns(cache) == [0, 0, 20, 20, 20, 20]
+        assert cache.stack.stats[0].errors == 0
+        assert proxy.encrypted > 0
+        assert cache.stack.close()
+        other = Cache(6, [f"rediss://127.0.0.1:{proxy.port}/0?timeout=5&verify=off"])
+        assert other.run(prompt(1)) == 20
+        assert other.stack.close()
+    plain = Cache(6, [valkey_url])
+    assert plain.run(prompt(0)) == 20, "it is the same server"
+    assert plain.stack.close()
+
+
+@with_openssl
+def test_password_over_tls(tmp_path, monkeypatch):
+    certificate, key = make_certificate(tmp_path)
+    with ValkeyServer() as server, TlsProxy(server.port, certificate, key) as proxy:
+        with server.client() as client:
+            client.config_set("requirepass", "right")
+        address = f"127.0.0.1:{proxy.port}/0?timeout=5&ca={certificate}"
+        with pytest.raises(TierError, match="wrong or missing password"):
+            open_tier(f"valkeys://{address}")
+        tier = open_tier(f"valkeys://:right@{address}")
+        tier.put_many([(b"a", b"1")])
+        monkeypatch.setenv("KVCACHE_VALKEY_PASSWORD", "right")
+        other = open_tier(f"valkeys://{address}")
+        assert other.get_many([b"a"]) == [b"1"]
+        tier.close()
+        other.close()
+
+
+@with_openssl
+@pytest.mark.parametrize("wrong", ["unknown", "another host", "no TLS asked for", "no such file"])
+def test_a_tls_mismatch_is_one_clear_error(valkey_server, tmp_path, wrong):
+    certificate, key = make_certificate(tmp_path, "example.org" if wrong == "another host" else "127.0.0.1")
+    with TlsProxy(valkey_server.port, certificate, key) as proxy:
+        scheme = "valkey" if wrong == "no TLS asked for" else "valkeys"
+        options = {
+            "unknown": "",
+            "another host": f"&ca={certificate}",
+            "no TLS asked for": "",
+            "no such file": f"&ca={tmp_path / 'none'}",
+        }[wrong]
+        with pytest.raises(TierError, match="cannot be used") as raised:
+            open_tier(f"{scheme}://127.0.0.1:{proxy.port}/0?timeout=1{options}")
+        assert "valkeys://" in str(raised.value) or "?ca=FILE" in str(raised.value)
