@@ -29,6 +29,7 @@ ORDER = (
     "keras_decode",
     "keras_lengths",
     "keras_hub_attached",
+    "keras_activation",
     "core_workload",
     "core_scale",
     "core_trace",

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 
 import torch
 from measure import Row, Table, alternate
+from smol import checkpoint, prompt
+from torch import nn
 
+import llama_torch
 import sentences
 import torch_encoder
 import torch_images
@@ -16,15 +20,21 @@ from kvcache_torch import KVCache
 PLAIN = "the same without the cache"
 SENTENCES, REPEATED, EPOCHS = 2000, 0.6, 5
 TEXT_TARGET, TRAIN_TARGET = 0.5, 0.35
+BYPASS_TARGET, CHECK_TARGET = 1.05, 0.02
+STEP = "one decode step"
+CALLS = 400
 
 
 def main(*, quick: bool = False) -> Table:
     """Both cases, cached and not, by turns."""
     runs, count = (2, 400) if quick else (5, SENTENCES)
-    rows = [encoder(runs, count), training(runs)]
+    rows = [encoder(runs, count), training(runs), bypass(runs), weights_check(runs)]
     text = [
         f"all-MiniLM-L6-v2 over {count:,} real sentences of which {REPEATED:.0%} came before; a new head on a frozen "
         f"CNN, {EPOCHS} epochs over 1,797 real digits. Each run starts with an empty cache; results are compared.",
+        'Then what a cache costs where it cannot help: a two-layer MLP with `bypass="auto"` after its first hundred '
+        "calls, and the look at SmolLM2's weights that each `with cache:` and `generate` takes, against one decode "
+        "step.",
     ]
     return Table("torch_activation", "PyTorch: activations kept per sample", text, rows)
 
@@ -70,3 +80,51 @@ def training(runs: int) -> Row:
     samples = alternate({"ours": lambda: run("ours"), PLAIN: lambda: run(PLAIN)}, runs, "frozen CNN", warm_up=0)
     torch.testing.assert_close(torch.tensor(losses["ours"]), torch.tensor(losses[PLAIN]), rtol=1e-3, atol=1e-4)
     return Row.of(f"frozen CNN, new head, {EPOCHS} epochs", "s", samples, target=(PLAIN, TRAIN_TARGET))
+
+
+def bypass(runs: int) -> Row:
+    """Microseconds a call of a module that is cheaper than its cache."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)).eval()
+    plain = copy.deepcopy(model)
+    cache = KVCache(4096, bypass="auto")
+    cache.attach(model, kind="activation")
+    x = torch.randn(32, 256)
+    with torch.inference_mode(), cache:
+        for _ in range(100):
+            model(x)
+
+    def run(module: nn.Module) -> float:
+        with torch.inference_mode(), cache:
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                module(x)
+            return 1e6 * (time.perf_counter() - start) / CALLS
+
+    samples = alternate({"ours": lambda: run(model), PLAIN: lambda: run(plain)}, 3 * runs, "two-layer MLP")
+    return Row.of("two-layer MLP, bypassed", "us", samples, target=(PLAIN, BYPASS_TARGET))
+
+
+def weights_check(runs: int) -> Row:
+    """Milliseconds to notice whether SmolLM2's weights changed."""
+    cache = KVCache(256)
+    cache.attach(llama_torch.from_checkpoint(checkpoint()), outputs="last")
+    tokens = prompt(128, 0)
+    seq = cache.open(tokens, max_new_tokens=64 * runs)
+    cache.step_greedy([seq], [tokens[seq.num_cached :]])
+
+    def look() -> float:
+        start = time.perf_counter()
+        for _ in range(16):
+            cache.refresh()
+        return 1e3 * (time.perf_counter() - start) / 16
+
+    def step() -> float:
+        start = time.perf_counter()
+        for _ in range(4):
+            cache.step_greedy([seq], [[1]])
+        return 1e3 * (time.perf_counter() - start) / 4
+
+    samples = alternate({"ours": look, STEP: step}, 2 * runs, "look at the weights")
+    seq.close()
+    return Row.of("a look at SmolLM2's weights", "ms", samples, target=(STEP, CHECK_TARGET))

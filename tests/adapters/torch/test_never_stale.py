@@ -25,7 +25,9 @@ class Lora(nn.Module):
 
     def load(self, name, seed):
         generator = torch.Generator().manual_seed(seed)
-        low = nn.Sequential(nn.Linear(self.base.in_features, 2, bias=False), nn.Linear(2, 24, bias=False))
+        low = nn.Sequential(
+            nn.Linear(self.base.in_features, 2, bias=False), nn.Linear(2, self.base.out_features, bias=False)
+        )
         with torch.no_grad():
             for weight in low.parameters():
                 weight.copy_(torch.randn(weight.shape, generator=generator))
@@ -217,7 +219,7 @@ def test_never_leaves_it_to_invalidate():
 
 
 def test_weights_updated_between_two_generations_of_a_training_run():
-    """The policy of a reinforcement-learning run is updated in place between rollouts."""
+    """As in prime-rl PR 1650: the policy is updated in place between rollouts, and old state skews what it samples."""
     model = Small()
     cache = KVCache(128, block_size=4)
     cache.attach(model, outputs="last")
@@ -235,6 +237,45 @@ def test_weights_updated_between_two_generations_of_a_training_run():
     for weight in model.parameters():
         weight.data.mul_(-1.5)  # around the version counter
     assert generate(model, prompts, max_new_tokens=6, cache=cache) == generate_plain(model, prompts)
+
+
+def test_an_adapter_loaded_again_under_its_name():
+    """As in vllm issue 42125: a second adapter of the same name must not meet what was computed with the first."""
+    model = Small()
+    lora = model.blocks[0].qkv = Lora(model.blocks[0].qkv)
+    cache = KVCache(256, block_size=4)
+    cache.attach(model.eval(), outputs="last")
+    prompts = [prompt(0, 20), prompt(0, 24)]
+    answers = []
+    for seed in (1, 2, 1):
+        lora.load("tone", seed)
+        lora.active = "tone"
+        before = cache.stats().hit_tokens
+        answers.append(generate(model, prompts[:1], max_new_tokens=6, cache=cache))
+        assert cache.stats().hit_tokens == before, "nothing of another load is found"
+        assert answers[-1] == generate_plain(model, prompts[:1])
+        assert generate(model, prompts[1:], max_new_tokens=6, cache=cache) == generate_plain(model, prompts[1:])
+    assert answers[0] != answers[1] and answers[0] == answers[2]
+
+
+def test_weights_swapped_under_a_prefix_that_many_requests_share():
+    """As in lmdeploy issue 4917: weights are replaced while a system prompt is cached and reported as hit."""
+    model = Small()
+    cache = KVCache(256, block_size=4)
+    cache.attach(model, outputs="last")
+    system = prompt(0, 24)
+    generate(model, [[*system, 1, 2]], max_new_tokens=4, cache=cache)
+    running = cache.open([*system, 3])
+    assert running.num_cached >= 20
+    model.load_state_dict(Small(seed=7).state_dict())
+    before = cache.stats().hit_tokens
+    prompts = [[*system, 1, 2], [*system, 3, 4]]
+    found = [generate(model, [each], max_new_tokens=6, cache=cache)[0] for each in prompts]
+    assert found == generate_plain(model, prompts)
+    assert cache.stats().hit_tokens - before <= len(system), "the second finds what the first computed, no more"
+    with pytest.raises(StaleSequence):
+        cache.step([running], [[3]])
+    running.close()
 
 
 def generate_plain(model, prompts):

@@ -1,0 +1,242 @@
+"""However a Keras model's weights change, nothing computed with the old ones is served."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvcache_core import StaleSequence
+from kvcache_keras import KVCache, generate
+from tests.adapters.keras.models import Small, ids
+
+
+class Lora(keras.layers.Layer):
+    """A dense layer with adapters by name: one is active, or merged into the weight."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.adapters = {}
+        self.active = None
+
+    def load(self, name, seed):
+        width, out = self.base.kernel.shape
+        random = np.random.default_rng(seed)
+        down, up = keras.layers.Dense(2, use_bias=False), keras.layers.Dense(out, use_bias=False)
+        down.build((None, width))
+        up.build((None, 2))
+        for layer in (down, up):
+            layer.kernel.assign(random.normal(size=layer.kernel.shape))
+        self.adapters = {**self.adapters, name: [down, up]}
+
+    def merge(self, name):
+        down, up = self.adapters[name]
+        self.base.kernel.assign_add(tf.matmul(down.kernel.value, up.kernel.value))
+
+    def call(self, x):
+        y = self.base(x)
+        if self.active is None:
+            return y
+        down, up = self.adapters[self.active]
+        return y + up(down(x))
+
+
+class Trunk(keras.Model):
+    def __init__(self):
+        super().__init__()
+        keras.utils.set_random_seed(0)
+        self.lora = Lora(keras.layers.Dense(24))
+        self.norm = keras.layers.BatchNormalization()
+        self.head = keras.layers.Dense(4)
+        self.lora.base.build((None, 8))
+        self.norm.build((None, 24))
+        self.head.build((None, 24))
+        self.lora.built = self.built = True
+
+    def call(self, x, training=False):
+        return self.head(keras.ops.tanh(self.norm(self.lora(x), training=training)))
+
+
+def an_optimizer_step(model, _):
+    optimizer = keras.optimizers.SGD(0.5)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(model(tf.ones((3, 8))) ** 2)
+    weights = [model.head.kernel, model.head.bias]
+    optimizer.apply(tape.gradient(loss, weights), weights)
+
+
+def weights_set(model, _):
+    model.set_weights([weight + 0.5 for weight in model.get_weights()])
+
+
+def assigned(model, _):
+    model.head.kernel.assign(model.head.kernel * 2)
+
+
+def in_place(model, _):
+    model.head.kernel.value.assign_add(tf.ones(model.head.kernel.shape))
+
+
+def a_row(model, _):
+    model.head.kernel.value.scatter_nd_update([[2]], [[9.0, 1.0, 2.0, 3.0]])
+
+
+def loaded(model, folder):
+    path, before = folder / "state.weights.h5", model.get_weights()
+    model.set_weights([weight * 1.5 for weight in before])
+    model.save_weights(path)
+    model.set_weights(before)
+    model.load_weights(path)
+
+
+def a_new_layer(model, _):
+    model.head = keras.layers.Dense(4)
+    model.head.build((None, 24))
+
+
+def a_new_adapter(model, _):
+    model.lora.load("a", 3)
+    model.lora.active = "a"
+
+
+def the_same_adapter_name_with_new_weights(model, _):
+    model.lora.load("a", 4)
+
+
+def merged(model, _):
+    model.lora.active = None
+    model.lora.merge("a")
+
+
+def batch_statistics(model, _):
+    model(tf.ones((4, 8)) * tf.range(4.0)[:, None], training=True)
+
+
+CHANGES = [
+    an_optimizer_step,
+    weights_set,
+    assigned,
+    in_place,
+    a_row,
+    loaded,
+    a_new_layer,
+    a_new_adapter,
+    the_same_adapter_name_with_new_weights,
+    merged,
+    batch_statistics,
+]
+
+
+def plain(model, x):
+    return np.asarray(model.call.original(x))
+
+
+@pytest.mark.parametrize("verify", ["sample", "full"])
+def test_a_history_of_every_change(verify, tmp_path):
+    model = Trunk()
+    cache = KVCache(512, verify=verify)
+    cache.attach(model, kind="activation")
+    x = tf.constant(np.random.default_rng(0).normal(size=(3, 8)), tf.float32)
+    before = None
+    for change in (None, *CHANGES):
+        if change is not None:
+            change(model, tmp_path)
+        expected = plain(model, x)
+        if before is not None:
+            assert np.allclose(before, expected, atol=1e-4) == (change is merged), change.__name__
+        before = expected
+        for _ in range(2):
+            with cache:
+                np.testing.assert_allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert cache.stats().hit_entries == 3 * (1 + len(CHANGES)), "and unchanged weights are served"
+
+
+@settings(max_examples=10)
+@given(st.lists(st.sampled_from(CHANGES), min_size=1, max_size=4))
+def test_any_order_of_changes(tmp_path_factory, changes):
+    folder = tmp_path_factory.mktemp("changes")
+    model = Trunk()
+    model.lora.load("a", 2)
+    cache = KVCache(512)
+    cache.attach(model, kind="activation")
+    x = tf.constant(np.random.default_rng(0).normal(size=(3, 8)), tf.float32)
+    with cache:
+        model(x)
+    for change in changes:
+        change(model, folder)
+        with cache:
+            np.testing.assert_allclose(model(x), plain(model, x), rtol=1e-4, atol=1e-5)
+
+
+# ---- what went wrong elsewhere ---------------------------------------------------------------------------------------
+
+
+def decoder():
+    keras.utils.set_random_seed(0)
+    model = Small()
+    model(tf.constant(ids(1, 4)))
+    cache = KVCache(256, block_size=4)
+    cache.attach(model, outputs="last")
+    return model, cache
+
+
+def answers(model, prompts, cache=None):
+    return generate(model, prompts, max_new_tokens=4, cache=cache)
+
+
+def test_an_adapter_loaded_again_under_its_name():
+    """As in vllm issue 42125: a second adapter of the same name must not meet what was computed with the first."""
+    keras.utils.set_random_seed(0)
+    model = Small()
+    lora = Lora(model.projections[0])
+    lora.base.build((None, 16))
+    lora.load("tone", 1)
+    lora.active = "tone"
+    model.projections = [lora, model.projections[1]]
+    model(tf.constant(ids(1, 4)))
+    seen = []
+    prompt = ids(20).tolist()
+    cache = KVCache(256, block_size=4)
+    cache.attach(model, outputs="last")
+    for seed in (1, 2):
+        random = np.random.default_rng(seed)
+        for layer in lora.adapters["tone"]:
+            layer.kernel.assign(3 * random.normal(size=layer.kernel.shape))
+        before = cache.stats().hit_tokens
+        seen.append(answers(model, [prompt], cache))
+        assert cache.stats().hit_tokens == before, "nothing of another load is found"
+        assert seen[-1] == answers(model, [prompt])
+    assert seen[0] != seen[1]
+
+
+def test_weights_swapped_under_a_prefix_that_many_requests_share():
+    """As in lmdeploy issue 4917: weights are replaced while a system prompt is cached and reported as hit."""
+    model, cache = decoder()
+    system = ids(24).tolist()
+    answers(model, [[*system, 1, 2]], cache)
+    running = cache.open([*system, 3])
+    assert running.num_cached >= 20
+    model.set_weights([weight[::-1].copy() for weight in model.get_weights()])
+    before = cache.stats().hit_tokens
+    prompts = [[*system, 1, 2], [*system, 3, 4]]
+    assert [answers(model, [each], cache)[0] for each in prompts] == answers(model, prompts)
+    assert cache.stats().hit_tokens - before <= len(system), "the second finds what the first computed, no more"
+    with pytest.raises(StaleSequence):
+        cache.step([running], [[3]])
+    running.close()
+
+
+def test_weights_updated_between_two_generations_of_a_training_run():
+    """As in prime-rl PR 1650: the policy is updated in place between rollouts, and old state skews what it samples."""
+    model, cache = decoder()
+    optimizer = keras.optimizers.SGD(0.3)
+    prompts = [ids(12).tolist(), ids(14).tolist()]
+    for step in range(3):
+        assert answers(model, prompts, cache) == answers(model, prompts), step
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(model(tf.constant(ids(1, 20, seed=1))) ** 2)
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)

@@ -1,0 +1,137 @@
+"""Keras: what the activation cache saves: a sentence encoder over repeating sentences, a head on a frozen CNN."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import keras
+import numpy as np
+import tensorflow as tf
+from measure import Row, Table, alternate
+from smol import checkpoint, prompt
+
+import keras_encoder
+import keras_images
+import llama_keras
+import sentences
+from kvcache_keras import KVCache
+
+PLAIN = "the same without the cache"
+STEP = "one decode step"
+SENTENCES, REPEATED, EPOCHS, CALLS = 2000, 0.6, 5, 200
+TEXT_TARGET, TRAIN_TARGET = 0.5, 0.35
+BYPASS_TARGET, CHECK_TARGET = 1.05, 0.02
+
+
+def main(*, quick: bool = False) -> Table:
+    """All cases, cached and not, by turns."""
+    runs, count = (2, 400) if quick else (5, SENTENCES)
+    rows = [encoder(runs, count), training(runs), bypass(runs), weights_check(runs)]
+    text = [
+        f"MiniLM over {count:,} real sentences of which {REPEATED:.0%} came before, in a graph; a new head on "
+        f"a frozen CNN with `model.fit`, {EPOCHS} epochs over 1,797 real digits. Each run starts with an empty cache; "
+        "results are compared.",
+        'Then what a cache costs where it cannot help: a two-layer MLP with `bypass="auto"`, called eagerly, after its '
+        "first hundred calls, and the look at SmolLM2's weights that each `with cache:` and each `generate` takes, "
+        "against one decode step.",
+    ]
+    return Table("keras_activation", "Keras: activations kept per sample", text, rows)
+
+
+def encoder(runs: int, count: int) -> Row:
+    """Seconds for all sentences."""
+    model, tokenizer = keras_encoder.load()
+    texts = sentences.stream(count, REPEATED)
+    graphs = {PLAIN: keras_encoder.graph(model)}
+    keras_encoder.encode(graphs[PLAIN], tokenizer, texts[:64])
+    cache = KVCache(memory="1GiB")
+    cache.attach(model, kind="activation")
+    with cache:
+        graphs["ours"] = keras_encoder.graph(model)
+        keras_encoder.encode(graphs["ours"], tokenizer, texts[:64])
+    found: dict[str, np.ndarray] = {}
+
+    def run(name: str) -> float:
+        cache.clear()
+        start = time.perf_counter()
+        found[name] = keras_encoder.encode(graphs[name], tokenizer, texts)
+        return time.perf_counter() - start
+
+    samples = alternate({"ours": lambda: run("ours"), PLAIN: lambda: run(PLAIN)}, runs, "MiniLM", warm_up=0)
+    np.testing.assert_allclose(found["ours"], found[PLAIN], rtol=0, atol=1e-5)
+    return Row.of(f"MiniLM, {count:,} sentences", "s", samples, target=(PLAIN, TEXT_TARGET))
+
+
+def training(runs: int) -> Row:
+    """Seconds for all epochs, without those of tracing."""
+    trunk = keras_images.build_trunk()
+    keras_images.fit(trunk, 5, keras_images.digits(range(5)), 1)
+    trunk.trainable = False
+    data = keras_images.digits()
+    cache = KVCache(size=len(data[0]) + 1)
+    losses: dict[str, list[float]] = {}
+
+    def run(name: str) -> float:
+        cache.clear()
+        if name == "ours":
+            cache.attach(trunk, kind="activation")
+        losses[name], seconds = keras_images.fit(
+            trunk, 10, data, EPOCHS, (lambda: cache) if name == "ours" else contextlib.nullcontext
+        )
+        if name == "ours":
+            cache.detach()
+        return seconds
+
+    samples = alternate({"ours": lambda: run("ours"), PLAIN: lambda: run(PLAIN)}, runs, "frozen CNN", warm_up=0)
+    np.testing.assert_allclose(losses["ours"], losses[PLAIN], rtol=1e-3, atol=1e-4)
+    return Row.of(f"frozen CNN, new head, {EPOCHS} epochs", "s", samples, target=(PLAIN, TRAIN_TARGET))
+
+
+def bypass(runs: int) -> Row:
+    """Microseconds an eager call of a module that is cheaper than its cache."""
+
+    def build() -> keras.Model:
+        keras.utils.set_random_seed(0)
+        return keras.Sequential([keras.Input((256,)), keras.layers.Dense(256, "relu"), keras.layers.Dense(10)])
+
+    model, plain, x = build(), build(), tf.random.normal((32, 256))
+    cache = KVCache(4096, bypass="auto")
+    cache.attach(model, kind="activation")
+    with cache:
+        for _ in range(100):
+            model(x)
+
+    def run(module: keras.Model) -> float:
+        with cache:
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                module(x)
+            return 1e6 * (time.perf_counter() - start) / CALLS
+
+    samples = alternate({"ours": lambda: run(model), PLAIN: lambda: run(plain)}, 3 * runs, "two-layer MLP")
+    return Row.of("two-layer MLP, bypassed", "us", samples, target=(PLAIN, BYPASS_TARGET))
+
+
+def weights_check(runs: int) -> Row:
+    """Milliseconds to notice whether SmolLM2's weights changed."""
+    cache = KVCache(256)
+    cache.attach(llama_keras.from_checkpoint(checkpoint()), outputs="last")
+    tokens = prompt(128, 0)
+    seq = cache.open(tokens, max_new_tokens=64 * runs)
+    cache.step_greedy([seq], [tokens[seq.num_cached :]])
+
+    def look() -> float:
+        start = time.perf_counter()
+        for _ in range(16):
+            cache.refresh()
+        return 1e3 * (time.perf_counter() - start) / 16
+
+    def step() -> float:
+        start = time.perf_counter()
+        cache.decode_greedy([seq], [[1]], 8)
+        return 1e3 * (time.perf_counter() - start) / 8
+
+    samples = alternate({"ours": look, STEP: step}, 2 * runs, "look at the weights")
+    seq.close()
+    return Row.of("a look at SmolLM2's weights", "ms", samples, target=(STEP, CHECK_TARGET))
