@@ -135,6 +135,7 @@ class Attaching(ModelBinding):
         return True
 
     def __enter__(self) -> Any:
+        """Serve the attached model's calls in this thread; returns the cache."""
         active = self._active()
         if active is not None:
             kind = "this cache is active already" if active is self else "another cache is active"
@@ -153,6 +154,7 @@ class Attaching(ModelBinding):
         return self
 
     def __exit__(self, *exc: object) -> None:
+        """Let the model compute as outside again."""
         self._set_active(None)
 
 

@@ -31,6 +31,7 @@ class _Search:
     finished: list[tuple[float, list[int]]] = field(default_factory=list)
 
     def close(self) -> None:
+        """Close the sequences of all beams."""
         for beam in self.beams:
             beam.seq.close()
         self.beams = []

@@ -138,6 +138,7 @@ class EntryCache:
         return len(self._blocks)
 
     def __contains__(self, key: bytes) -> bool:
+        """Whether this key can be found; no access is counted."""
         return key in self._blocks
 
     @property

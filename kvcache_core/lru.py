@@ -31,6 +31,7 @@ class ReleaseQueue:
         self._head = self._tail = 1
 
     def __contains__(self, block: int) -> bool:
+        """Whether this block is in the queue."""
         return self._stamp_at[block] != 0
 
     def push(self, blocks: BlockArray) -> None:

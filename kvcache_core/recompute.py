@@ -107,13 +107,17 @@ class _PlainSequence:
 
     @property
     def length(self) -> int:
+        """Tokens it holds."""
         return len(self.tokens)
 
     def truncate(self, length: int) -> None:
+        """Forget every token from position ``length`` on."""
         del self.tokens[length:]
 
     def fork(self) -> _PlainSequence:
+        """A second sequence with the same tokens."""
         return _PlainSequence(list(self.tokens))
 
     def close(self) -> None:
+        """Forget all tokens."""
         self.tokens = []

@@ -43,6 +43,7 @@ class FreeRuns:
         self._queued = set(starts)
 
     def __contains__(self, block: int) -> bool:
+        """Whether this block is free."""
         return self._free[block] == 1
 
     def take_behind(self, block: int, limit: int) -> list[int]:

@@ -31,6 +31,7 @@ class Siblings:
         self._parts = [[node]]
 
     def __iter__(self) -> Iterator[int]:
+        """The children, in the order of their tokens."""
         return chain.from_iterable(self._parts)
 
     def only(self) -> int:

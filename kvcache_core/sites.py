@@ -34,6 +34,7 @@ class Sites:
         return len(self._sites)
 
     def __iter__(self) -> Iterator[ActivationSite]:
+        """The attached modules' sites."""
         return iter(list(self._sites.values()))
 
     def number(self, module: Any) -> int:

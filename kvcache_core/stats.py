@@ -98,11 +98,13 @@ class CacheStats:
         )
 
     def __getitem__(self, name: str) -> Any:
+        """A counter by its name, as in a dictionary."""
         if name not in asdict(self):
             raise KeyError(f"no counter {name!r}; there are {', '.join(self)}")
         return getattr(self, name)
 
     def __iter__(self) -> Iterator[str]:
+        """The counters' names."""
         return (each.name for each in fields(self))
 
     def keys(self) -> list[str]:

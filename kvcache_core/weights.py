@@ -97,6 +97,7 @@ class _Part:
         self._now = [seen.copy() for seen in self.seen]
 
     def changed(self) -> bool:
+        """Whether an element differs from the last look; the next look compares with this one."""
         different = False
         for at, group in enumerate(self._views):
             np.concatenate(group, out=self._now[at])

@@ -181,6 +181,7 @@ def _with_gradient(site: Site, forward: Callable[[], Any], result: Any) -> Any:
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, outputs: Callable[[], list[Tensor]], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The results as they are; what a gradient needs is kept."""
         ctx.outputs, ctx.count = outputs, count
         ctx.save_for_backward(*tensors[count:])
         results = tuple(tensor.view_as(tensor) for tensor in tensors[:count])
@@ -189,6 +190,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
+        """Run the module again with gradients, and differentiate that."""
         with torch.enable_grad():
             outputs = ctx.outputs()
         wanted = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]

@@ -35,10 +35,12 @@ class _Local(threading.local):
     """int64 [B], index of each row's last new token."""
 
     def begin(self, step: Any, last_only: bool = False) -> None:
+        """Route ``attention`` and ``positions`` of this thread to ``step``."""
         self.step, self.stepping, self.last_only = step, True, last_only
         self.positions, self.last_index = step.positions, step.last_index
 
     def end(self) -> None:
+        """Back to plain attention, positions from 0."""
         self.step, self.stepping, self.last_only = None, False, False
         self.positions = self.last_index = None
 

@@ -169,10 +169,12 @@ class _Samples:
         self._samples = samples
 
     def changed(self) -> bool:
+        """Whether any of them changed since the last look."""
         found = [sample.changed() for sample in self._samples]  # each must look
         return any(found)
 
     def digest(self) -> bytes:
+        """Bytes that stand for all of them, as last looked at."""
         return b"".join(sample.digest() for sample in self._samples)
 
 
@@ -184,12 +186,14 @@ class _DeviceSample:
         self._seen = self._read()
 
     def changed(self) -> bool:
+        """Whether the sample differs from the last look; the next look compares with this one."""
         now = self._read()
         different = any(not torch.equal(one, other) for one, other in zip(now, self._seen, strict=True))
         self._seen = now
         return different
 
     def digest(self) -> bytes:
+        """The bytes of the sample, as last looked at."""
         return b"".join(part.cpu().view(torch.uint8).numpy().tobytes() for part in self._seen)
 
     def _read(self) -> list[Tensor]:

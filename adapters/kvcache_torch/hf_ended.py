@@ -46,6 +46,7 @@ class _Watched(StoppingCriteriaList):  # type: ignore[misc]
     """
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        """Which rows are done, bool [B]; at which column each was done first is noted."""
         done = super().__call__(input_ids, scores, **kwargs)
         if not any(hasattr(criterion, "eos_token_id") for criterion in self):
             return done

@@ -164,6 +164,10 @@ def merge(parts: Sequence[Part], rows: int) -> Tensor:
     chosen, result, lse = parts[0]
     if len(parts) == 1 and chosen is None:
         return result
+    if len(parts) == 2 and chosen is None and parts[1][0] is None:
+        _, other, other_lse = parts[1]
+        share = torch.sigmoid(other_lse - lse).unsqueeze(-1)
+        return torch.lerp(result.to(share.dtype), other.to(share.dtype), share)
     if all(part[0] is None for part in parts):
         sums = torch.stack([part[2] for part in parts])
     else:

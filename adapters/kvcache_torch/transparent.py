@@ -155,12 +155,14 @@ def with_gradient_of(forward: Callable[[], Tensor], model: nn.Module, result: Te
 class _RecomputedGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, forward: Callable[[], Tensor], result: Tensor, *weights: Tensor) -> Tensor:
+        """The results as they are; what a gradient needs is kept."""
         ctx.recompute = forward
         ctx.save_for_backward(*weights)
         return result.view_as(result)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        """Run the module again with gradients, and differentiate that."""
         with torch.enable_grad():
             output = ctx.recompute()
         grads = torch.autograd.grad(output, ctx.saved_tensors, grad, allow_unused=True)
