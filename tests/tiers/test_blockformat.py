@@ -20,7 +20,10 @@ from kvcache_core.blockformat import (
     salt_digest,
     secret_from_environment,
 )
+from kvcache_core.entryformat import EntryForm
 from kvcache_core.errors import BlockRefused
+from kvcache_core.tree import flatten
+from kvcache_core.worth import Worth
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYOUT = BlockLayout([LayerSpec.attention(2, 4, 3), LayerSpec.attention(1, 4, window=8)], 4, "bfloat16")
@@ -151,6 +154,45 @@ def test_golden_files(name, secret):
     stored = (GOLDEN / name).read_bytes()
     assert codec(salt=b"tenant", secret=secret).encode(KEY, payload(), 1_700_000_000) == stored
     assert bytes(codec(salt=b"tenant", secret=secret).decode(KEY, stored)) == payload()
+
+
+def entry_form() -> tuple[EntryForm, list[np.ndarray]]:
+    """The form of a result {"h": float32 [2, 3], "mask": bool [2]}, and one such result's tensors."""
+    rows = [np.arange(6, dtype=np.float32).reshape(2, 3), np.array([True, False])]
+    tree = flatten({"h": rows[0], "mask": rows[1]}, lambda value: isinstance(value, np.ndarray))[1]
+    form = EntryForm(
+        tree,
+        b"w" * 16,
+        salt_digest(b"tenant"),
+        lambda row: (row.dtype.name, row.view(f"u{row.itemsize}")),
+        lambda name, bits: np.array(bits).view(name),
+        Worth(auto=False),
+    )
+    return form, rows
+
+
+@pytest.mark.parametrize("secret", [b"", b"golden secret"], ids=["plain", "signed"])
+def test_golden_entries(secret):
+    form, rows = entry_form()
+    stored = (GOLDEN / ("entry-v1-signed.bin" if secret else "entry-v1.bin")).read_bytes()
+    assert form.encode(KEY, (form.tree, rows), secret, 1_700_000_000) == stored
+    tree, found = form.decode(KEY, secret, stored)
+    assert tree == form.tree
+    assert all(one.dtype == other.dtype and (one == other).all() for one, other in zip(found, rows, strict=True))
+    assert form.content_key(KEY).hex() == "a2bfd245ae8fb3e3b9f81486fa1a9851"
+
+
+def test_every_flipped_bit_and_truncation_of_an_entry_is_refused():
+    form, _ = entry_form()
+    value = (GOLDEN / "entry-v1.bin").read_bytes()
+    for bit in range(8 * len(value)):
+        damaged = bytearray(value)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(BlockRefused):
+            form.decode(KEY, b"", damaged)
+    for length in range(len(value)):
+        with pytest.raises(BlockRefused):
+            form.decode(KEY, b"", value[:length])
 
 
 def test_golden_bytes_by_hand():
