@@ -47,13 +47,7 @@ class Fingerprint:
                 return []
             if verify == "full":
                 return [variable.value() for variable in self._variables]
-            return [
-                tf.concat(
-                    [tf.reshape(_look(variable, places), (-1,)) for variable, places in group],
-                    axis=0,
-                )
-                for group in groups
-            ]
+            return [tf.concat([_look(variable, places) for variable, places in group], axis=0) for group in groups]
 
         with tf.init_scope():
             self.sample = tf.function(sample, input_signature=(), autograph=False)
@@ -90,7 +84,8 @@ def _variables_of(model: Any) -> list[tf.Variable]:
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None:
         variables.append(optimizer.iterations)
-    found = [getattr(variable, "value", variable) for variable in variables]
+    # `_value` is the variable itself; `value` would first ask whether an autocast scope is active.
+    found = [getattr(variable, "_value", variable) for variable in variables]
     return [variable for variable in found if isinstance(variable, tf.Variable)]
 
 
@@ -98,7 +93,9 @@ def _look(variable: tf.Variable, places: np.ndarray[Any, Any] | None) -> _Tensor
     # Gathering from the variable itself would switch it to copy-on-read for good: every later matmul would copy
     # its weight. Its value is read without a copy.
     value = variable.value()
-    return value if places is None else tf.gather_nd(value, places)
+    if places is not None:
+        return tf.gather_nd(value, places)
+    return value if value.shape.rank == 1 else tf.reshape(value, (-1,))
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -106,13 +103,11 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _places(shape: list[int]) -> np.ndarray[Any, Any] | None:
-    """int32 [N, rank] of elements to look at; None for a scalar."""
+    """int32 [N, rank] of elements to look at; None: all."""
     size = int(np.prod(shape))
-    if not shape:
+    if size <= _ALL_BELOW:
         return None
-    flat = np.arange(size)
-    if size > _ALL_BELOW:
-        # At random, so that the pattern of a structured change does not fall between the samples.
-        flat = np.random.default_rng(size).integers(0, size, _SAMPLES)
-        flat[:2] = 0, size - 1
+    # At random, so that the pattern of a structured change does not fall between the samples.
+    flat = np.random.default_rng(size).integers(0, size, _SAMPLES)
+    flat[:2] = 0, size - 1
     return np.stack(np.unravel_index(flat, shape), axis=-1).astype(np.int32)
