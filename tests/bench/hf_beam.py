@@ -53,16 +53,16 @@ def main(*, quick: bool = False) -> Table:
         further[name].append((times.times[-1] - times.times[0]) / (len(times.times) - 1) * 1e3)
         return times.times[0] - start
 
-    runs = 3 if quick else 5
-    first = alternate({"ours": lambda: search("ours"), THEIRS: lambda: search(THEIRS)}, runs, "beam search")
+    runs = 2 if quick else 5
+    lm.generate(ids[:, :32], max_new_tokens=2, num_beams=BEAMS, do_sample=False)
+    first = alternate({"ours": lambda: search("ours"), THEIRS: lambda: search(THEIRS)}, runs, "beam search", warm_up=0)
     if not torch.equal(found["ours"], found[THEIRS]):
         raise AssertionError("beam search with the cache chose other tokens than without")
     cache.detach()
     case = f"{BEAMS} beams, {PROMPT:,} tokens"
-    steps = {name: values[1:] for name, values in further.items()}
     rows = [
         Row.of(f"{case}: first token", "s", first, target=(THEIRS, 0.35)),
-        Row.of(f"{case}: each further step", "ms", steps, target=(THEIRS, 0.5)),
+        Row.of(f"{case}: each further step", "ms", further, target=(THEIRS, 0.5)),
     ]
     text = ["`generate(num_beams=4)` of SmolLM2 in transformers; nothing of the prompt is cached before."]
     return Table("hf_beam", "transformers: beam search", text, rows)

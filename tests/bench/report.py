@@ -22,6 +22,7 @@ ORDER = (
     "torch_score",
     "streaming_speech",
     "torch_activation",
+    "stored_dtypes",
     "hf_generate",
     "hf_beam",
     "hf_decode",
@@ -51,6 +52,8 @@ are faster. The model is SmolLM2-135M-Instruct in float32.
 
 def number(value: float) -> str:
     """Three significant digits, no exponent."""
+    if 0 < abs(value) < 0.01:
+        return f"{value:.6f}"
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
