@@ -21,6 +21,7 @@ from kvcache_torch.context import local
 from kvcache_torch.driver import Driver, device_of, logits_of, recording
 from kvcache_torch.hf_calls import refuse_other_state
 from kvcache_torch.hf_cross import CrossStates, Source
+from kvcache_torch.hf_linear import fast_linear
 from kvcache_torch.hf_step import (
     NeedsReturned,
     RecordingStepCache,
@@ -111,7 +112,7 @@ class HFDecoder(Driver):
         if self.has_encoder:
             raise InvalidInput("an encoder-decoder model needs its encoder's input too: use model.generate")
         view = self._view(step.plan)
-        with self._inside(view):
+        with self._inside(view), fast_linear(tokens.numel()):
             arguments = self._arguments(step.positions, view, view.mask)
             output = self.model.forward.original(input_ids=tokens, **arguments)
         return logits_of(output)

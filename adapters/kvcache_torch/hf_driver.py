@@ -20,6 +20,7 @@ from kvcache_torch.hf_calls import named, reason_to_refuse, wants_gradient, with
 from kvcache_torch.hf_cross import Source, digests_of
 from kvcache_torch.hf_decoder import HFDecoder
 from kvcache_torch.hf_ended import AttachedCriteria, without_ended
+from kvcache_torch.hf_linear import fast_linear
 from kvcache_torch.hf_pass import Pass
 from kvcache_torch.hf_rows import Columns, columns_of, shifts_of
 from kvcache_torch.hf_step import state
@@ -109,15 +110,16 @@ class HFDriver(HFDecoder):
         state.request = Request(past, keep)
         routed = {name: value for name, value in arguments.items() if name != "past_key_values"}
         routed[self.cache_name] = past
+        ids = arguments["decoder_input_ids" if self.has_encoder else "input_ids"]
         try:
-            return self._decode(routed) if self.decoder is self.model else original(**routed)
+            with fast_linear(ids.numel()):
+                return self._decode(routed) if self.decoder is self.model else original(**routed)
         except (CacheFull, Refused) as error:
             if not past.transparent:
                 raise
             reason = f"the cache has no room for it ({error})" if isinstance(error, CacheFull) else str(error)
         finally:
             state.request = None
-        ids = arguments["decoder_input_ids" if self.has_encoder else "input_ids"]
         self.cache.bypass(ids.numel(), reason)
         return original(**self._as_outside(arguments, past))
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from kvcache_core.errors import CacheFull, InvalidInput, KVCacheWarning, StaleSequence, UsageError
-from kvcache_torch import KVCache, generate
+from kvcache_torch import KVCache, generate, hf_linear, linear
 from kvcache_torch.hf import HFCache
 from tests.adapters.torch.hf_models import VOCAB, decoder, encoder_decoder
 
@@ -380,3 +380,34 @@ def test_an_encoder_decoders_rows_end_too() -> None:
     # The start token and those up to the end token; the last step's token is chosen and not computed.
     assert [row.length for row in kept.rows] == [1 + min(free[0].index(end) + 1, 9), 10, 10]
     assert kept.rows[0].length < 10
+
+
+# ---- linear layers ------------------------------------------------------------------------------------------------
+
+
+def test_linear_layers_of_few_rows_take_the_fast_way(
+    model: Any, cache: KVCache, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven a layer and the head, in steps of few rows inside the cache alone; not where autocast casts them."""
+    rows: list[int] = []
+
+    def counting(x: torch.Tensor, *weights: Any) -> torch.Tensor:
+        rows.append(x.numel() // x.shape[-1])
+        return linear(x, *weights)
+
+    monkeypatch.setattr(hf_linear, "linear", counting)
+    long = ids.repeat(1, 3)
+    plain = model.generate(long, **GREEDY)
+    assert not rows
+    assert torch.equal(model.generate(long, **GREEDY, past_key_values=HFCache(cache)), plain)
+    assert rows == [2] * (4 * (2 * 7 + 1))  # the prompt has 90 rows
+    rows.clear()
+    generate(model, long.tolist(), max_new_tokens=5, cache=cache)
+    assert rows
+    rows.clear()
+    weight = torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16), hf_linear.fast_linear(1):
+        assert torch.nn.functional.linear(torch.randn(1, 8), weight).dtype == torch.bfloat16
+    with hf_linear.fast_linear(1):
+        torch.nn.functional.linear(torch.randn(33, 8), weight)
+    assert not rows
