@@ -159,7 +159,7 @@ class KVCache(FrontendCache):
         process; on a GPU, attention reads by block table where FlashInfer, FlashAttention or FlexAttention can
         (:mod:`kvcache_torch.paged`). Prompts and ``model(x)`` run as before on a CPU. Where nothing can be compiled (no
         C++ compiler on a CPU) a warning says so and steps run as before; models of transformers are not compiled, only
-        their attention uses the kernel. Call it again after attaching another model.
+        their attention and linear layers use the kernels. Call it again after attaching another model.
 
         Args:
             pack_weights: on a CPU, also keep a copy of every float32 matrix in the order that is read fastest when
