@@ -161,7 +161,7 @@ def _(
 
 
 def _with_context(x: Tensor, rows: int, layer: int) -> Tensor:
-    return local.step.with_context(x, rows, layer)
+    return local.step.with_context(x, rows, layer).contiguous()
 
 
 _library.define("with_context(Tensor x, int rows, int layer) -> Tensor")
