@@ -21,10 +21,11 @@ def main(*, quick: bool = False) -> Table:
     """Both frameworks, streamed and not, by turns."""
     runs, length = (2, 4.0) if quick else (5, 20.0)
     frames = speech.speech(length)
+    shape = f"{SIZES['layers']} layers of width {SIZES['width']}, random weights"
     text = [
-        f"The encoder of `examples/torch_streaming_speech.py` and its Keras twin, {SIZES['layers']} layers of width "
-        f"{SIZES['width']} (random weights), over {length:g} s of spoken text, {CHUNK * 10} ms at a time: all outputs of all chunks. Each run starts with an empty cache; "
-        "results are compared.",
+        f"The encoder of `examples/torch_streaming_speech.py` and its Keras twin ({shape}) over {length:g} s of spoken "
+        f"text, {CHUNK * 10} ms at a time: all outputs of all chunks. Each run starts with an empty cache; results are "
+        "compared.",
     ]
     # What is saved grows with the length: the target is for 20 s.
     target = None if quick else (AGAIN, TARGET)
