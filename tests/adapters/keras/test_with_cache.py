@@ -460,7 +460,7 @@ def test_using_a_cache_the_wrong_way(model: Small, cache: KVCache) -> None:
     other.detach()
     with pytest.raises(InvalidType, match="Keras model"):
         other.attach(lambda x: x)
-    for wrong in ({"size": 0}, {"memory": "two"}, {"dtype": "int8"}, {"size": 4, "memory": 5}):
+    for wrong in ({"size": 0}, {"memory": "two"}, {"dtype": "int4"}, {"size": 4, "memory": 5}):
         with pytest.raises(InvalidInput):
             KVCache(**wrong)
 
