@@ -206,7 +206,8 @@ class TierStack(OpenTiers):
                 first tier that does not.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        if everything and not self._spill(deadline):
+        # What waits may go to a tier that ends with the process: it has to be there before that is copied.
+        if everything and not (self.queue.flush(deadline) and self._spill(deadline)):
             return False
         return self.flush_tiers(deadline)
 

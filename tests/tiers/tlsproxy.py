@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import ssl
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 __all__ = ["OPENSSL", "TlsProxy", "make_certificate"]
 
@@ -45,13 +48,26 @@ class TlsProxy:
         self._open: list[socket.socket] = []
         self.port = self._listener.getsockname()[1]
         self.encrypted = 0
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._threads: list[threading.Thread] = []
+        self._start(self._serve)
+
+    def _start(self, target: Callable[..., None], *arguments: Any) -> None:
+        thread = threading.Thread(target=target, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def __enter__(self) -> TlsProxy:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        for one in self._open:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(5)
         for one in self._open:
             one.close()
 
@@ -61,7 +77,7 @@ class TlsProxy:
                 plain, _ = self._listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._connect, args=(plain,), daemon=True).start()
+            self._start(self._connect, plain)
 
     def _connect(self, plain: socket.socket) -> None:
         try:
@@ -73,7 +89,7 @@ class TlsProxy:
         server = socket.create_connection(("127.0.0.1", self._target))
         self._open += [client, server]
         for source, sink in ((client, server), (server, client)):
-            threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
+            self._start(_pump, source, sink)
 
 
 def _pump(source: socket.socket, sink: socket.socket) -> None:
