@@ -53,8 +53,9 @@ class RoundedDriver(Driver):
 
 
 def run(framework: str, dtype: str, config: DecoderConfig, script: Any) -> None:
-    backend = BACKENDS[framework](config, make_weights(config), script.num_blocks, stored=dtype)
-    driver = RoundedDriver(config, backend)
+    driver = RoundedDriver(
+        config, lambda weights: BACKENDS[framework](config, weights, script.num_blocks, stored=dtype)
+    )
     driver.stored = dtype
     driver.run(script)
     driver.report()
