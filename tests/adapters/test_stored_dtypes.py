@@ -22,6 +22,7 @@ from tests.reference_decoder import (
     DecoderConfig,
     Driver,
     NumpyBackend,
+    Script,
     decoder_configs,
     make_weights,
     run_uncached,
@@ -44,7 +45,7 @@ class RoundedDriver(Driver):
 
     stored = ""
 
-    def check_outputs(self) -> None:
+    def check_outputs(self, script: Script) -> None:
         weights = make_weights(self.config)
         for record in self.records:
             expected = run_uncached(self.config, weights, record.tokens, np.float64, self.stored)[record.start :]
