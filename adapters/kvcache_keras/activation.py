@@ -150,7 +150,9 @@ class Site(ActivationSite):
         """Look up a running graph's samples; returns the call's number and the samples to compute."""
         self._taken = list(samples)
         try:
-            keys = self.keys(tree, split, [tf.as_dtype(dtype) for dtype in dtypes], arrays, self.mode())
+            count = next(len(array) for array, mine in zip(arrays, split, strict=False) if mine)
+            types_ = [tf.as_dtype(dtype) for dtype in dtypes]
+            keys = self.keys(tree, split, types_, arrays, self.mode()) if count else []
             form = self.form(output)
         finally:
             self._taken = None
@@ -164,6 +166,13 @@ class Site(ActivationSite):
     def finish(self, number: int, outputs: Sequence[Any]) -> list[Any]:
         """Keep what a graph computed, its arrays [computed, ...], and give the whole result [B, ...]."""
         lookup, form, tree = self.pending.pop(number)
+        if not lookup.keys:
+            return list(outputs)
+        if any(len(output) != len(lookup.compute) for output in outputs):
+            raise InvalidInput(
+                f"the module's output has no row per sample: for {len(lookup.compute)} samples its shapes are "
+                f"{[output.shape for output in outputs]}; do not attach it"
+            )
         computed: list[Payload] = []
         if lookup.compute and tree is not None:
             columns = [self.copies(output) for output in outputs]
@@ -246,7 +255,9 @@ def _graph_call(site: Site, original: Callable[..., Any], leaves: Sequence[_Tens
             for dtype, shape in zip(types_, shapes, strict=True)
         ]
 
-    computed = tf.nest.flatten(tf.cond(tf.size(rows) > 0, compute, nothing))
+    count = tf.shape(next(leaf for leaf, mine in zip(leaves, split, strict=True) if mine))[0]
+    # Zero samples are computed too: only so are the other sizes of the result known.
+    computed = tf.nest.flatten(tf.cond((tf.size(rows) > 0) | (count == 0), compute, nothing))
     shape, types_, shapes = found
 
     def finish(number: Any, *outputs: Any) -> list[Any]:

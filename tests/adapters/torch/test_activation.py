@@ -401,6 +401,21 @@ def test_inputs_that_cannot_be_hashed_are_computed_as_outside(given):
     assert cache.stats().bypassed_calls == 2
 
 
+def test_a_ragged_nest_is_an_input_like_any_other():
+    """Lists of unequal lengths and depths, with tensors of the batch and without."""
+
+    class Takes(nn.Module):
+        def forward(self, x, other):
+            return x * 2
+
+    cache, x = KVCache(64), rows(0)
+    cache.attach(Takes())
+    for last in (3, 3, 4):
+        nest = [[x, [x + 1]], (torch.tensor(2.0), {"deep": [last, []]}), ()]
+        assert torch.equal(cached(cache, x, nest), x * 2)
+    assert (cache.stats().miss_entries, cache.stats().hit_entries) == (10, 5)
+
+
 @pytest.mark.parametrize(
     "output", [lambda x: x.sum(), lambda x: (x * 2, x.mean(0)), lambda x: iter(()), lambda x: None]
 )

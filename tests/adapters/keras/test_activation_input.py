@@ -1,0 +1,222 @@
+"""Inputs and outputs that a cache of activations cannot take, or only looks as if it could not."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from kvcache_core import KVCacheWarning
+from kvcache_keras import KVCache
+
+HOW = pytest.mark.parametrize("how", ["eager", "graph"])
+
+
+class Counting(layers.Layer):
+    """A dense layer that counts the rows it computes and its calls, also in graphs."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(6, 4), initializer=keras.initializers.GlorotUniform(seed=1))
+        self.rows = self.calls = 0
+
+    def call(self, x):
+        def count(value):
+            self.rows += len(value)
+            self.calls += 1
+            return value
+
+        counted = tf.ensure_shape(tf.numpy_function(count, [x], x.dtype), x.shape)
+        return tf.matmul(counted, self.kernel)
+
+
+@pytest.fixture
+def layer():
+    layer = Counting()
+    layer.build((None, 6))
+    layer.built = True
+    return layer
+
+
+def attached(layer, how, cache, **options):
+    """The attached layer as a function: eager, or in one graph for all batch sizes."""
+    cache.attach(layer, kind="activation", **options)
+    return layer if how == "eager" else tf.function(layer.__call__, input_signature=[tf.TensorSpec([None, 6])])
+
+
+def rows(seed, count=5):
+    return np.random.default_rng(seed).standard_normal((count, 6)).astype("float32")
+
+
+def reasons(cache):
+    return list(cache.stats().bypass_reasons)
+
+
+@HOW
+def test_nan_and_signed_zero_are_told_apart_by_bits(layer, how):
+    cache = KVCache(64)
+    run, x = attached(layer, how, cache), rows(0)
+    x[0, 0], x[1, 1] = float("nan"), 0.0
+    with cache:
+        run(x)
+        layer.rows = 0
+        y = run(x).numpy()
+        assert layer.rows == 0 and np.isnan(y[0]).all() and not np.isnan(y[1:]).any()
+        x[1, 1] = -0.0
+        run(x)
+        assert layer.rows == 1
+        x.view(np.uint32)[0, 0] += 1  # another NaN
+        run(x)
+        assert layer.rows == 2
+
+
+@HOW
+def test_zero_rows(layer, how):
+    cache = KVCache(64)
+    run = attached(layer, how, cache)
+    with cache:
+        assert run(np.zeros((0, 6), "float32")).shape == (0, 4)
+        assert run(rows(0)).shape == (5, 4)
+        assert run(np.zeros((0, 6), "float32")).shape == (0, 4)
+    assert cache.stats().entries == 5
+    cache.sites.entries.check_valid()
+
+
+@HOW
+def test_a_row_larger_than_the_budget_is_computed_and_not_kept(layer, how):
+    x = rows(0)
+    expected = layer(x).numpy()
+    cache = KVCache(memory=15)
+    run = attached(layer, how, cache)
+    with cache:
+        for _ in range(2):
+            np.testing.assert_array_equal(run(x), expected)
+    stats = cache.stats()
+    assert (stats.entries, stats.refused_entries, stats.hit_entries) == (0, 10, 0)
+
+
+@HOW
+def test_declared_side_effects_run_each_time(layer, how):
+    cache = KVCache(8)
+    run = attached(layer, how, cache, side_effects=True)
+    layer.calls = 0
+    with cache:
+        for _ in range(3):
+            run(rows(0))
+    assert layer.calls == 3 and cache.stats().entries == 0
+    assert "side_effects=True" in reasons(cache)[0]
+
+
+@HOW
+@pytest.mark.parametrize("what", ["input", "weight"])
+def test_what_was_an_alias_of_an_input_or_a_weight_is_a_copy(what, how):
+    class Alias(layers.Layer):
+        def build(self, shape):
+            self.kernel = self.add_weight(shape=(1, 6), initializer="ones", trainable=False)
+
+        def call(self, x):
+            return x if what == "input" else tf.broadcast_to(self.kernel.value, tf.shape(x))
+
+    layer, cache = Alias(), KVCache(64)
+    layer.build((5, 6))
+    layer.built = True
+    run, x = attached(layer, how, cache), tf.Variable(rows(0))
+    with cache:
+        first = run(x.value())
+        kept = first.numpy().copy()
+        x.assign(x * 0.0)
+        layer.kernel.assign(layer.kernel * 3.0)
+        np.testing.assert_array_equal(first, kept)
+        expected = x.numpy() if what == "input" else np.full((5, 6), 3.0)
+        np.testing.assert_array_equal(run(x.value()), expected)
+        np.testing.assert_array_equal(run(x.value()), expected)
+    cache.sites.entries.check_valid()
+
+
+@HOW
+def test_a_weight_of_the_batchs_size_is_no_row_per_sample(how):
+    class Table(layers.Layer):
+        def build(self, shape):
+            self.kernel = self.add_weight(shape=(5, 6), initializer="ones")
+
+        def call(self, x):
+            return self.kernel.value
+
+    layer, cache = Table(), KVCache(64)
+    layer.build((5, 6))
+    layer.built = True
+    run, other = attached(layer, how, cache), np.concatenate([rows(0, 4), rows(1, 1)])
+    with cache:
+        run(rows(0))
+        if how == "eager":
+            with pytest.warns(KVCacheWarning, match="no row per sample"):
+                assert run(other).shape == (5, 6)
+        else:
+            with pytest.raises(tf.errors.OpError, match="no row per sample: for 1 samples"):
+                run(other)
+    cache.sites.entries.check_valid()
+
+
+@pytest.mark.parametrize("what", ["input", "result"])
+def test_arrays_changed_afterwards_do_not_change_what_is_kept(layer, what):
+    cache, x = KVCache(64), rows(0)
+    run = attached(layer, "eager", cache)
+    given = x.copy()
+    with cache:
+        first = run(given)
+        kept = first.numpy().copy()
+        if what == "input":
+            given[:] = 7
+        else:
+            first = np.asarray(first).copy()
+            first[:] = 7
+        layer.rows = 0
+        np.testing.assert_array_equal(run(x), kept)
+    assert layer.rows == 0
+
+
+class Takes(layers.Layer):
+    def call(self, x, other=None):
+        return x * 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: (value for value in ()),
+        lambda: tf.sparse.from_dense([[1.0, 0.0]]),
+        lambda: tf.ragged.constant([[1], [2, 3]]),
+        lambda: tf.constant(["text"]),
+        lambda: len,
+        lambda: [[tf.constant([1.0])], (tf.constant([2.0]), {"deep": [len]})],
+    ],
+    ids=["generator", "sparse", "ragged", "text", "object", "object deep inside"],
+)
+@HOW
+def test_inputs_that_cannot_be_hashed_are_computed_as_outside(other, how):
+    cache = KVCache(8)
+    layer, x = cache.attach(Takes(), kind="activation"), rows(0)
+    value = other()
+    run = (lambda x: layer.call(x, value)) if how == "eager" else tf.function(lambda x: layer.call(x, value))
+    with cache:
+        with pytest.warns(KVCacheWarning, match="cannot be hashed"):
+            np.testing.assert_array_equal(run(tf.constant(x)), x * 2)
+        np.testing.assert_array_equal(run(tf.constant(x)), x * 2)
+    assert cache.stats().bypassed_calls >= 1 and cache.stats().entries == 0
+
+
+@HOW
+def test_a_ragged_nest_is_an_input_like_any_other(how):
+    """Lists of unequal lengths and depths, with tensors of the batch and without."""
+    cache = KVCache(64)
+    layer, x = cache.attach(Takes(), kind="activation"), tf.constant(rows(0))
+    run = layer.call if how == "eager" else tf.function(layer.call)
+
+    def nest(last):
+        return [[x, [x + 1.0]], (tf.constant(2.0), {"deep": [last, []]}), ()]
+
+    with cache:
+        for last in (3, 3, 4):
+            np.testing.assert_array_equal(run(x, nest(last)), x * 2)
+    assert (cache.stats().miss_entries, cache.stats().hit_entries) == (10, 5)
