@@ -95,6 +95,7 @@ class PlannedSteps(OpenSequences):
             StepError: the plan was committed or rolled back before.
 
         Example:
+            >>> from kvcache_core import BlockCache
             >>> core = BlockCache(num_blocks=64, block_size=4)
             >>> seq = core.open([1, 2])
             >>> core.commit(core.plan([seq], [[1, 2, 0, 0, 0]]), [[1, 2, 7]])
@@ -151,6 +152,7 @@ class PlannedSteps(OpenSequences):
             CacheFull, InvalidInput, InvalidType, SequenceClosed, StepError: as :meth:`plan`; nothing was changed.
 
         Example:
+            >>> from kvcache_core import BlockCache
             >>> core = BlockCache(num_blocks=64, block_size=4)
             >>> seq = core.open([1, 2])
             >>> core.commit(core.plan([seq], [[1, 2]]))
