@@ -94,7 +94,8 @@ class GraphCall:
         shapes = [[], [], [None, None], [None, None], [None]]  # fits, number, aligned, columns, last
         shapes += [[None, None], *([None, 2] for _ in range(count)), *(spec.shape for spec in packed)]
         types_ = [tf.bool, tf.int64, *[tf.int32] * (len(shapes) - 2)]
-        samples = cache.weights_of(self.model).sample()
+        self._weights = cache.weights_of(self.model)
+        samples = self._weights.sample()
         graph = tf.compat.v1.get_default_graph()
         with tf.control_dependencies(_latest.get(graph, [])):  # an earlier call's tokens are there to be found
             fits, number, aligned, columns, last, slots, *rest = self._host(self._begin, types_, shapes, samples)
@@ -155,7 +156,7 @@ class GraphCall:
             cache.bypass(rows.count, _HIDDEN)
         if cache.model is not self.model or hidden:
             return [np.array(False), np.array(0), *aligned, *self._no_plan()]
-        local.samples = b"".join(sample.tobytes() for sample in samples)
+        local.samples = self._weights.digest_of_samples(samples)
         try:
             cache.refresh()
         finally:

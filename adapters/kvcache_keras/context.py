@@ -24,7 +24,7 @@ class _Local(threading.local):
     """The step (or recording) that the model is being run or traced for."""
 
     samples: bytes | None = None
-    """The weights' samples, where a graph has taken them already."""
+    """The digest of the weights' samples, where a graph has taken them already."""
 
 
 local = _Local()

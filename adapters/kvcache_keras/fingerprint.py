@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,8 @@ class Fingerprint:
             return [tf.concat([_look(variable, places) for variable, places in group], axis=0) for group in groups]
 
         with tf.init_scope():
-            self.sample = tf.function(sample, input_signature=(), autograph=False)
+            # Concrete: a tf.function would look for the graph that fits its arguments at each call; there are none.
+            self.sample = tf.function(sample, input_signature=(), autograph=False).get_concrete_function()
         """The samples as one tensor per dtype; may be called in a graph, where it costs no host call."""
 
     def is_of(self, model: Any) -> bool:
@@ -58,8 +60,8 @@ class Fingerprint:
         found = _variables_of(model)
         return (
             len(found) == len(self._all)
-            and all(map(_same, found, self._all))
-            and all(map(_same, map(source_of, found), self._sources))
+            and all(map(is_, found, self._all))
+            and all(map(is_, map(source_of, found), self._sources))
         )
 
     def digest(self) -> bytes:
@@ -96,10 +98,6 @@ def _look(variable: tf.Variable, places: np.ndarray[Any, Any] | None) -> _Tensor
     if places is not None:
         return tf.gather_nd(value, places)
     return value if value.shape.rank == 1 else tf.reshape(value, (-1,))
-
-
-def _same(one: Any, other: Any) -> bool:
-    return one is other
 
 
 def _places(shape: list[int]) -> np.ndarray[Any, Any] | None:

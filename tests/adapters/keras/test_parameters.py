@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvcache_core import BlockRefused, InvalidInput, UsageError
 from kvcache_keras import KVCache, ParameterCache, empty_weights, generate
-from tests.adapters.keras.models import Small, ids
+from tests.adapters.keras.models import Small, ids, in_graph
 
 
 class Nested(keras.Model):
@@ -214,6 +214,29 @@ def test_another_file_is_another_model(tmp_path):
         parameters.detach()
         np.testing.assert_allclose(answers[-1], nested(seed)(x), rtol=1e-5, atol=1e-6)
     assert not np.array_equal(*answers)
+
+
+@pytest.mark.parametrize("verify", ["sample", "full", "never"])
+def test_a_graph_goes_by_the_same_file(tmp_path, verify):
+    """In a graph too: what was computed eagerly is found, and nothing that was computed with another file's weights."""
+    cache, model, x = KVCache(64, verify=verify), Small(), tf.constant(ids(1, 9))
+    model(x)
+    for seed in (0, 1):
+        keras.utils.set_random_seed(seed)
+        other = Small()
+        expected = other(x)
+        ParameterCache.save(other, tmp_path / str(seed))
+        parameters = ParameterCache(tmp_path / str(seed), memory="1MiB")
+        parameters.attach(model)
+        cache.attach(model, kind="tokens")
+        with cache:
+            graph = in_graph(model)
+            np.testing.assert_allclose(graph(x), expected, rtol=1e-4, atol=1e-5)
+            hits = cache.stats().hit_tokens
+            np.testing.assert_allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+            assert cache.stats().hit_tokens > hits
+        cache.detach()
+        parameters.detach()
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
