@@ -10,8 +10,8 @@ from kvcache_core.convolution import context_rows
 from kvcache_core.errors import InvalidInput
 from kvcache_keras.context import local
 from kvcache_keras.kernels import plain_attention
+from kvcache_keras.recorder import check_query
 from kvcache_keras.states import behind_zeros
-from kvcache_keras.step import check_query
 
 __all__ = ["attention", "causal_conv1d", "positions", "select_outputs"]
 

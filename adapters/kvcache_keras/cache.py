@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,9 +25,9 @@ from kvcache_keras.fingerprint import Fingerprint, source_of
 from kvcache_keras.graphcall import PendingCalls
 from kvcache_keras.parameters import values_of
 from kvcache_keras.probe import check_in_parts
+from kvcache_keras.recorder import Recorder, vocab_size
 from kvcache_keras.routes import Routes
 from kvcache_keras.runner import StepRunner, build, one_token, to_numpy, widened
-from kvcache_keras.step import Recorder
 from kvcache_keras.store import TensorStore, dtype_name, stored_dtype_name
 from kvcache_keras.tokenmodel import model_input, run_model
 
@@ -108,7 +107,7 @@ class KVCache(FrontendCache):
                 f"a token model must map ids [B, T] or frames [B, T, F] to a tensor [B, T, ...], got {found} for T = 1"
             )
         layers = recorder.specs()
-        vocabulary = None if self.frames else _vocab_size(model, output, recorder)
+        vocabulary = None if self.frames else vocab_size(model, output, recorder)
         if self._routes is not None and self._routes.methods:
             with tf.init_scope(), not_recording(), outside():
                 check_in_parts(model, vocabulary, str(recorder.dtype), self.frames)
@@ -280,24 +279,3 @@ class KVCache(FrontendCache):
         with not_recording():
             scores, chosen = self.runner.run_every(plan, "scores", targets)
         return scores.numpy(), chosen.numpy()
-
-
-def _vocab_size(model: Any, output: _Tensor, recorder: Recorder) -> int | None:
-    """The number of token ids: what the first lookup of an absurd id says (on a CPU it fails), or the embedding
-    as wide as the output, or the only embedding.
-    """
-    try:
-        with tf.init_scope(), stepping(Recorder(masks_zero=recorder.masks_zero)):
-            run_model(model, tf.fill((1, 1), tf.int32.max))
-    except tf.errors.InvalidArgumentError as error:
-        found = re.search(r"is not in \[0, (\d+)\)", str(error))
-        if found:
-            return int(found[1])
-    sizes = [
-        layer.input_dim
-        for layer in getattr(model, "_flatten_layers", list)()
-        if isinstance(layer, keras.layers.Embedding)
-    ]
-    if len(output.shape) == 3 and output.shape[-1] in sizes:
-        return int(output.shape[-1])
-    return sizes[0] if len(sizes) == 1 else None

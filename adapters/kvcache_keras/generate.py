@@ -8,7 +8,7 @@ from kvcache_core.generating import Generating
 from kvcache_core.recompute import RecomputeDecoder
 from kvcache_keras.cache import KVCache
 from kvcache_keras.context import local
-from kvcache_keras.runner import recompute_of, recompute_scores_of
+from kvcache_keras.recompute import recompute_of, recompute_scores_of
 
 __all__ = ["generate", "score", "stream"]
 

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from kvcache_core import CacheFull, InvalidInput, UsageError
 from kvcache_keras import KVCache, generate, stream
-from kvcache_keras.runner import recompute_of
+from kvcache_keras.recompute import recompute_of
 from tests.adapters.keras.models import Small, functional, ids, sequential
 
 PROMPTS = [[1, 2, 3], ids(17).tolist(), [7], [*ids(17).tolist()[:11], 4, 4]]
