@@ -7,57 +7,16 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from kvcache_core.attaching import attached_to
-from kvcache_core.errors import InvalidInput, UsageError
+from kvcache_core.errors import UsageError
 from kvcache_core.residence import ParameterStats, Residence
 from kvcache_core.sizes import parse_memory
+from kvcache_core.sources import ModelUnit, Source, check_memory, find_sources
 from kvcache_core.weightfile import WeightFile
 
-__all__ = ["ModelTensor", "ModelUnit", "ParameterFrontend", "Source"]
-
-_SHOWN = 5
-
-
-@dataclass(frozen=True, slots=True)
-class ModelTensor:
-    """A weight of a model.
-
-    Attributes:
-        names: its names in the model, more than one where modules share it.
-        shape, nbytes: its dimensions and the bytes it takes in memory.
-        handle: the framework's parameter or variable.
-    """
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    nbytes: int
-    handle: Any
-
-
-@dataclass(frozen=True, slots=True)
-class ModelUnit:
-    """A module that has weights of its own, and the weights to be there while it runs."""
-
-    name: str
-    module: Any
-    tensors: tuple[ModelTensor, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a weight that is not always in memory comes from."""
-
-    owner: ParameterFrontend
-    tensor: ModelTensor
-    name: str
-
-    @property
-    def identity(self) -> bytes:
-        """Bytes that stand for the weight's values."""
-        return self.owner.file_of(self.name).identity + self.name.encode()
+__all__ = ["ParameterFrontend"]
 
 
 class ParameterFrontend(ABC):
@@ -149,8 +108,8 @@ class ParameterFrontend(ABC):
         if any(_of(module) is not None for module in modules):
             raise UsageError("the model's weights are read by another ParameterCache; call its detach() first")
         units = self._units(model)
-        sources = self._find_sources(units)
-        self._check_memory(units, self._memory)
+        sources = find_sources(units, self._file_by_name, self._name_in_file)
+        check_memory(units, self._memory)
         by_handle = {id(source.tensor.handle): name for name, source in sources.items()}
         self._sources = sources
         self._install(model, units)
@@ -209,7 +168,7 @@ class ParameterFrontend(ABC):
         """
         size = parse_memory(memory)
         residence = self.residence
-        self._check_memory(self._sizes, size)
+        check_memory(self._sizes, size)
         residence.resize(size)
         self._memory = size
 
@@ -229,70 +188,21 @@ class ParameterFrontend(ABC):
         # What ran next the last time is read ahead from the disk while this module computes.
         for name in self._by_unit.get(self._next.get(unit, ""), ()):
             if not self.residence.is_here(name):
-                self.file_of(name).prefetch(name)
+                self._sources[name].file.prefetch(name)
 
     def let_go(self, unit: str) -> None:
         """A module has run."""
         self.residence.let_go(unit)
 
-    def file_of(self, name: str) -> WeightFile:
-        """The file with a tensor."""
-        return self._file_by_name[name]
-
     def _read(self, name: str) -> None:
-        self._load(self._sources[name])
-        self.file_of(name).forget(name)
-
-    # ---- checks --------------------------------------------------------------------------------
+        source = self._sources[name]
+        self._load(source)
+        source.file.forget(name)
 
     def _name_in_file(self, name: str) -> str:
         if self._rename is None:
             return name
         return self._rename(name) if callable(self._rename) else self._rename.get(name, name)
-
-    def _find_sources(self, units: Sequence[ModelUnit]) -> dict[str, Source]:
-        tensors = {id(tensor.handle): tensor for unit in units for tensor in unit.tensors}
-        found: dict[str, Source] = {}
-        missing: list[str] = []
-        for tensor in tensors.values():
-            names = [self._name_in_file(name) for name in tensor.names]
-            name = next((name for name in names if name in self._file_by_name), None)
-            if name is None:
-                missing.append(names[0])
-                continue
-            entry = self.file_of(name).entries[name]
-            if entry.shape != tensor.shape:
-                raise InvalidInput(f"weight {tensor.names[0]!r} has shape {tensor.shape}, in the file {entry.shape}")
-            if name in found:
-                raise InvalidInput(f"weights {found[name].tensor.names[0]!r} and {tensor.names[0]!r} are both {name!r}")
-            found[name] = Source(self, tensor, name)
-        if missing:
-            there = ", ".join(sorted(self._file_by_name)[:_SHOWN])
-            raise InvalidInput(
-                f"the file lacks {len(missing)} of the model's {len(tensors)} weights: "
-                f"{', '.join(missing[:_SHOWN])}{', ...' * (len(missing) > _SHOWN)}; it has {there}, ...; "
-                "names= says what they are called there"
-            )
-        return found
-
-    @staticmethod
-    def _check_memory(units: Sequence[ModelUnit], memory: int) -> None:
-        """A unit runs inside those whose names its own starts with: together they must fit."""
-        by_name = {unit.name: unit for unit in units}
-        for unit in units:
-            parts = unit.name.split(".")
-            around = ["", *(".".join(parts[:end]) for end in range(1, len(parts) + 1))]
-            tensors = {
-                id(tensor.handle): tensor.nbytes
-                for name in around
-                if name in by_name
-                for tensor in by_name[name].tensors
-            }
-            if sum(tensors.values()) > memory:
-                raise InvalidInput(
-                    f"memory={memory} bytes is too small: module {unit.name!r} and those around it need "
-                    f"{sum(tensors.values())} bytes of weights at a time"
-                )
 
 
 _attached: dict[int, tuple[weakref.ref[Any], ParameterFrontend]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from kvcache_core.parameters import Source
+from kvcache_core.sources import Source
 from kvcache_core.weights import digest_of
 
 __all__ = ["SOURCE", "Fingerprint", "source_of"]

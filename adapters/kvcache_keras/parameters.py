@@ -18,7 +18,8 @@ from tensorflow.python.framework import func_graph
 from tensorflow.python.ops import resource_variable_ops
 
 from kvcache_core.errors import InvalidInput, InvalidType, UsageError
-from kvcache_core.parameters import ModelTensor, ModelUnit, ParameterFrontend, Source
+from kvcache_core.parameters import ParameterFrontend
+from kvcache_core.sources import ModelTensor, ModelUnit, Source
 from kvcache_core.weightfile import write_weights
 from kvcache_keras.context import not_recording, recording
 from kvcache_keras.fingerprint import SOURCE
@@ -264,9 +265,8 @@ def empty_weights() -> Iterator[None]:
 
 def values_of(source: Source) -> _Tensor:
     """A copy of a weight's values, in the variable's dtype."""
-    file = source.owner.file_of(source.name)
-    bits = file.bits(source.name)
-    values = bits.view(tf.as_dtype(file.entries[source.name].dtype).as_numpy_dtype).reshape(bits.shape)
+    bits = source.file.bits(source.name)
+    values = bits.view(tf.as_dtype(source.file.entries[source.name].dtype).as_numpy_dtype).reshape(bits.shape)
     return tf.cast(tf.convert_to_tensor(values), _native(source).dtype)
 
 

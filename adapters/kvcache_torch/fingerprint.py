@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvcache_core.parameters import Source
+from kvcache_core.sources import Source
 from kvcache_core.weights import ContentSample, digest_of
 
 __all__ = ["SOURCE", "Fingerprint", "Parked", "source_of"]

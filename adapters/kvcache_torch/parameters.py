@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kvcache_core.errors import InvalidInput, InvalidType, UsageError
-from kvcache_core.parameters import ModelTensor, ModelUnit, ParameterFrontend, Source
+from kvcache_core.parameters import ParameterFrontend
+from kvcache_core.sources import ModelTensor, ModelUnit, Source
 from kvcache_core.weightfile import WeightFile, write_weights
 from kvcache_torch.driver import AttachedForward
 from kvcache_torch.fingerprint import SOURCE
@@ -126,7 +127,7 @@ class ParameterCache(ParameterFrontend):
         if _version(parameter) != self._versions[source.name]:
             raise UsageError(
                 f"weight {source.tensor.names[0]!r} was changed in memory, and is read from "
-                f"{self.file_of(source.name).path}; change the file, or call detach() first"
+                f"{source.file.path}; change the file, or call detach() first"
             )
         # What was made in inference mode takes no other tensor, and what was not takes none that was.
         with torch.inference_mode(mode=parameter.is_inference()), torch.no_grad():
@@ -167,7 +168,7 @@ class ParameterCache(ParameterFrontend):
                     if buffer is not None and buffer.is_meta:
                         raise InvalidInput(f"the file lacks the buffer {name!r}, and the model was made without values")
                     continue
-                values = _tensor(self.file_of(name), name)
+                values = _tensor(self._file_by_name[name], name)
                 if values.shape != buffer.shape:
                     raise InvalidInput(f"buffer {name!r} has shape {tuple(buffer.shape)}, in the file {values.shape}")
                 device = "cpu" if buffer.is_meta else buffer.device
@@ -207,7 +208,7 @@ def persistent(model: nn.Module) -> Iterator[Tensor]:
 
 def values_of(source: Source, dtype: torch.dtype) -> Tensor:
     """A copy of a weight's values, on the CPU."""
-    return _tensor(source.owner.file_of(source.name), source.name).to(dtype, copy=True)
+    return _tensor(source.file, source.name).to(dtype, copy=True)
 
 
 def _tensor(file: WeightFile, name: str) -> Tensor:

@@ -17,7 +17,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("sizes", "identity", "weightfile", "described"),
     ("types",),
-    ("keys", "stats", "admission", "tree", "weights", "worth", "analysis", "progress"),
+    ("keys", "stats", "admission", "tree", "weights", "worth", "analysis", "progress", "sources"),
     ("inputs", "frames", "layout", "samples"),
     ("quantization", "blockformat", "statefile"),
     ("runs", "lru", "nodes", "siblings"),
