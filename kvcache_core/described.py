@@ -12,7 +12,7 @@ from typing import Any
 
 from kvcache_core.errors import KVCacheWarning
 
-__all__ = ["ModuleIdentity", "Unclear", "describe"]
+__all__ = ["ModuleIdentity", "Unclear", "add_text", "describe"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
@@ -57,6 +57,12 @@ def describe(value: Any, known: tuple[type, ...] = (), inside: frozenset[int] = 
     if callable(value) or not hasattr(value, "__dict__"):
         raise Unclear(f"a {type(value).__qualname__} may do anything")
     return f"{describe(type(value))}{describe(vars(value), known, inside)}"
+
+
+def add_text(digest: Any, text: str) -> None:
+    """Update a ``hashlib`` digest with a text and its length: what follows cannot be taken for its end."""
+    data = text.encode()
+    digest.update(len(data).to_bytes(8, "little") + data)
 
 
 class ModuleIdentity:

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from kvcache_core.described import Unclear, describe
+from kvcache_core.described import Unclear, add_text, describe
 
 __all__ = ["export_row", "layer_identity", "restore_row"]
 
@@ -33,11 +33,11 @@ def layer_identity(layer: Any) -> bytes:
         except (NotImplementedError, TypeError, ValueError) as error:
             raise Unclear(f"{type(part).__qualname__}.get_config() fails ({error})") from error
         plain = {key: one for key, one in vars(part).items() if key not in _OURS and _is_plain(key, one)}
-        _update(digest, f"{describe(type(part))}{describe(_renamed(config, names))}{describe(_renamed(plain, names))}")
+        add_text(digest, f"{describe(type(part))}{describe(_renamed(config, names))}{describe(_renamed(plain, names))}")
     for weight in layer.weights:
         with tf.init_scope():
             values = np.ascontiguousarray(weight.numpy())
-        _update(digest, f"{values.dtype.name}{values.shape}")
+        add_text(digest, f"{values.dtype.name}{values.shape}")
         digest.update(values.reshape(-1).view(np.uint8).data)
     return digest.digest()
 
@@ -55,11 +55,6 @@ def _renamed(value: Any, names: dict[str, str]) -> Any:
     if isinstance(value, (list, tuple)):
         return [_renamed(one, names) for one in value]
     return value
-
-
-def _update(digest: Any, text: str) -> None:
-    data = text.encode()
-    digest.update(len(data).to_bytes(8, "little") + data)
 
 
 def export_row(row: NDArray[Any]) -> tuple[str, NDArray[Any]]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvcache_core.described import Unclear, describe
+from kvcache_core.described import Unclear, add_text, describe
 from kvcache_core.errors import InvalidType
 from kvcache_torch.driver import AttachedForward
 
@@ -32,13 +32,13 @@ def module_identity(module: nn.Module) -> bytes:
     for name, part in module.named_modules(remove_duplicate=False):
         if part._forward_hooks or part._forward_pre_hooks:
             raise Unclear("it has hooks")
-        _update(digest, f"{name}:{describe(type(part))}")
+        add_text(digest, f"{name}:{describe(type(part))}")
         for key, value in sorted(vars(part).items()):
             if key not in _INTERNAL and not _is_ours(value):
-                _update(digest, f"{key}={describe(value, _SAY_ALL)}")
+                add_text(digest, f"{key}={describe(value, _SAY_ALL)}")
     parameters, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
     for name, tensor in (*parameters, *buffers):
-        _update(digest, f"{name}:{tensor.dtype}:{tuple(tensor.shape)}")
+        add_text(digest, f"{name}:{tensor.dtype}:{tuple(tensor.shape)}")
         digest.update(_bytes(tensor))
     return digest.digest()
 
@@ -46,11 +46,6 @@ def module_identity(module: nn.Module) -> bytes:
 def _is_ours(value: Any) -> bool:
     """Whether this library has put it into the module."""
     return isinstance(value, AttachedForward) and not value.was_own_attribute
-
-
-def _update(digest: Any, text: str) -> None:
-    data = text.encode()
-    digest.update(len(data).to_bytes(8, "little") + data)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
