@@ -5,7 +5,6 @@ attention's K and V) is a sequence in the cache, so each chunk of sound is compu
 eSpeak NG; the weights are random, for what is shown does not depend on them.
 """
 
-import argparse
 import time
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import speech
+import speech_run
 from kvcache_torch import KVCache, attention, causal_conv1d
 
 
@@ -83,7 +83,7 @@ def main(seconds=20.0, chunk=10, **sizes):
     with torch.inference_mode():
         model(torch.from_numpy(frames[None, :chunk]))
         start = time.perf_counter()
-        for end in range(chunk, len(frames) + 1, chunk):
+        for end in range(chunk, len(frames) + chunk, chunk):
             whole = model(torch.from_numpy(frames[None, :end]))
         again = time.perf_counter() - start
 
@@ -94,15 +94,8 @@ def main(seconds=20.0, chunk=10, **sizes):
     streamed = np.concatenate(list(stream(cache, frames, chunk)))
     once = time.perf_counter() - start
 
-    difference = np.abs(streamed - whole[0].numpy()).max() / np.abs(streamed).max()
-    print(f"{seconds:g} s of speech in chunks of {chunk * 10} ms, {len(frames)} frames")
-    print(f"whole utterance again for each chunk: {again:.2f} s; streamed: {once:.2f} s, {once / again:.2f} of it")
-    print(f"largest difference: {difference:.1e} of the largest output; equal but for rounding: {difference < 1e-4}")
-    return difference
+    return speech_run.show(streamed, once, whole[0].numpy(), again, chunk)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--chunk", type=int, default=10, help="frames of 10 ms")
-    main(**vars(parser.parse_args()))
+    main(**speech_run.wanted())

@@ -183,8 +183,9 @@ def test_keras_traces_once_for_all_chunks():
     seq.close()
 
 
+@pytest.mark.parametrize("chunk", [10, 7])
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_the_example(name, capsys):
+def test_the_example(name, chunk, capsys):
     pytest.importorskip("espeakng_loader", reason="needs eSpeak NG")
-    importlib.import_module(f"{name}_streaming_speech").main(seconds=0.8, **SIZES)
+    importlib.import_module(f"{name}_streaming_speech").main(seconds=0.8, chunk=chunk, **SIZES)
     assert "equal but for rounding: True" in capsys.readouterr().out
