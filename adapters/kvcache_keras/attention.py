@@ -9,7 +9,7 @@ import tensorflow as tf
 from kvcache_core.convolution import context_rows
 from kvcache_core.errors import InvalidInput
 from kvcache_keras.context import local
-from kvcache_keras.kernels import plain_attention
+from kvcache_keras.kernels import Scoring, plain_attention
 from kvcache_keras.recorder import check_query
 from kvcache_keras.states import behind_zeros
 
@@ -66,10 +66,11 @@ def attention(
         InvalidInput, InvalidType: inside a step, for a layer used twice, or another shape or dtype than the
             cache's.
     """
+    scoring = Scoring(window, scale, softcap)
     if local.step is not None:
-        return local.step.attend(q, k, v, layer, window, scale, softcap)
+        return local.step.attend(q, k, v, layer, scoring)
     check_query(q, k, layer)
-    return plain_attention(q, k, v, window, scale, softcap)
+    return plain_attention(q, k, v, scoring)
 
 
 def causal_conv1d(

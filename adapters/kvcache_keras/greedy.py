@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from kvcache_keras.kernels import Part, attend_parts
+from kvcache_keras.kernels import Part, Scoring, attend_parts
 from kvcache_keras.step import Step
 
 __all__ = ["choose_greedily"]
@@ -32,23 +32,14 @@ class LoopStep(Step):
     own: dict[int, Part] = field(default_factory=dict)
     start: _Tensor = None
 
-    def attend(
-        self,
-        q: _Tensor,
-        k: _Tensor,
-        v: _Tensor,
-        layer: int | None,
-        window: int | None,
-        scale: float | None,
-        softcap: float | None,
-    ) -> _Tensor:
+    def attend(self, q: _Tensor, k: _Tensor, v: _Tensor, layer: int | None, scoring: Scoring) -> _Tensor:
         """As :meth:`Step.attend`, for one token per row."""
         layer = len(self.used) if layer is None else layer
-        self.check(q, k, v, layer, window)
+        self.check(q, k, v, layer, scoring.window)
         self.own[layer] = self._grown(layer, k, v)
         number = self.store.layout.group_of(layer)
         parts = [*self.context[layer], self.own[layer]]
-        return attend_parts(q, parts, self._sizes(number, parts), self._bias(number, window), scale, softcap)
+        return attend_parts(q, parts, self._sizes(number, parts), self._bias(number, scoring.window), scoring)
 
     def _grown(self, layer: int, k: _Tensor, v: _Tensor) -> Part:
         """The layer's own part with the step's K and V, as the store would have rounded them."""

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 __all__ = [
     "Part",
+    "Scoring",
     "attend",
     "attend_in_chunks",
     "attend_parts",
@@ -42,23 +43,41 @@ def reshape(x: _Tensor, shape: Sequence[Any]) -> _Tensor:
     return tf.reshape(x, shape)
 
 
-def attend(
-    q: _Tensor,
-    k: _Tensor,
-    v: _Tensor,
-    mask: _Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-) -> _Tensor:
+@dataclass(frozen=True)
+class Scoring:
+    """Which keys a layer's queries score, and how.
+
+    Attributes:
+        window: a token sees itself and the ``window`` - 1 tokens before it; None for all.
+        scale: factor on the scores; None for 1 / sqrt(D).
+        softcap: scores become ``softcap * tanh(scores / softcap)``; None for no cap.
+    """
+
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+
+    def scaled(self, q: _Tensor) -> _Tensor:
+        """Queries [..., D] times the factor."""
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return q * tf.constant(scale, q.dtype)  # tf.cast would round to float32 first
+
+    def capped(self, scores: _Tensor) -> _Tensor:
+        """Scores, in float32 at least, after the cap."""
+        if scores.dtype in (tf.float16, tf.bfloat16):
+            scores = tf.cast(scores, tf.float32)
+        return scores if self.softcap is None else self.softcap * tf.tanh(scores / self.softcap)
+
+
+def attend(q: _Tensor, k: _Tensor, v: _Tensor, mask: _Tensor | None, scoring: Scoring) -> _Tensor:
     """Attention with query heads folded into groups, so that K and V are never repeated.
 
     Args:
         q: [B, T, Hq, D].
         k: [B, Hkv, S, D].
         v: [B, Hkv, S, Dv].
-        mask: bool [B or 1, T, S], or None where everything is visible.
-        scale: factor on the scores; default 1 / sqrt(D).
-        softcap: scores become ``softcap * tanh(scores / softcap)``.
+        mask: bool [B or 1, T, S] of what is visible, the window included, or None where everything is.
+        scoring: scale and softcap.
 
     Returns:
         [B, T, Hq, Dv].
@@ -67,11 +86,11 @@ def attend(
     _, kv_heads, context, value_size = dimensions(v)
     group = heads // kv_heads
     rows, q_is_single = group * new, q.shape[1] == 1
-    q = q * tf.constant(size**-0.5 if scale is None else scale, q.dtype)  # tf.cast would round to float32 first
+    q = scoring.scaled(q)
     if not q_is_single:
         q = tf.transpose(reshape(q, (batch, new, kv_heads, group, size)), (0, 2, 3, 1, 4))
     q = reshape(q, (batch, kv_heads, rows, size))
-    scores = _softcapped(tf.matmul(q, k, transpose_b=True), softcap)
+    scores = scoring.capped(tf.matmul(q, k, transpose_b=True))
     if mask is not None:
         # A choice, not a sum: what is not visible may hold anything, NaN included.
         hidden = tf.constant(scores.dtype.min, scores.dtype)
@@ -86,14 +105,7 @@ def attend(
     return reshape(y, (batch, new, heads, value_size))
 
 
-def attend_parts(
-    q: _Tensor,
-    parts: Sequence[Part],
-    sizes: _Tensor,
-    bias: _Tensor,
-    scale: float | None,
-    softcap: float | None,
-) -> _Tensor:
+def attend_parts(q: _Tensor, parts: Sequence[Part], sizes: _Tensor, bias: _Tensor, scoring: Scoring) -> _Tensor:
     """:func:`attend` for one token per row, over a context that lies in several parts.
 
     Args:
@@ -101,18 +113,16 @@ def attend_parts(
         parts: keys and values, finite everywhere.
         sizes: int32 [parts], the keys in each.
         bias: [B, 1, 1, S], added to the scores of all parts' S keys.
-        scale: as for :func:`attend`.
-        softcap: as for :func:`attend`.
+        scoring: scale and softcap.
 
     Returns:
         [B, 1, Hq, Dv].
     """
     heads, size = q.shape[2:]
     kv_heads, value_size = parts[0].values.shape[1], parts[0].values.shape[3]
-    q = q * tf.constant(size**-0.5 if scale is None else scale, q.dtype)
-    q = tf.reshape(q, (-1, kv_heads, heads // kv_heads, size))
+    q = tf.reshape(scoring.scaled(q), (-1, kv_heads, heads // kv_heads, size))
     scores = tf.concat([part.matmul(q, part.keys) for part in parts], axis=-1)
-    scores = _softcapped(scores, softcap) + bias
+    scores = scoring.capped(scores) + bias
     # TensorFlow's own softmax takes longer to set up than to compute, and would be put in if the division came first.
     weights = tf.exp(scores - tf.reduce_max(scores, axis=-1, keepdims=True))
     total = tf.reduce_sum(weights, axis=-1, keepdims=True)
@@ -142,22 +152,13 @@ class Part:
         return tf.raw_ops.BatchMatMulV3(x=a, y=b, Tout=a.dtype)  # the one that is never handed to oneDNN
 
 
-def _softcapped(scores: _Tensor, softcap: float | None) -> _Tensor:
-    """Scores, in float32 at least, after the cap."""
-    if scores.dtype in (tf.float16, tf.bfloat16):
-        scores = tf.cast(scores, tf.float32)
-    return scores if softcap is None else softcap * tf.tanh(scores / softcap)
-
-
 def attend_in_chunks(
     q: _Tensor,
     k: _Tensor,
     v: _Tensor,
     q_positions: _Tensor,
     first: _Tensor,
-    window: int | None,
-    scale: float | None,
-    softcap: float | None,
+    scoring: Scoring,
 ) -> _Tensor:
     """:func:`attend` for many new tokens, some at a time, over no more keys than those can see.
 
@@ -166,7 +167,7 @@ def attend_in_chunks(
         first: int32 [B], position of each row's first key; keys follow without gaps.
     """
     _, new, heads, _ = dimensions(q)
-    context, value_size = tf.shape(k)[2], v.shape[-1]
+    context, value_size, window = tf.shape(k)[2], v.shape[-1], scoring.window
     low, high = q_positions - first[:, None], q_positions - first[:, None] + 1
 
     def chunk(number: _Tensor, done: _Tensor) -> tuple[_Tensor, _Tensor]:
@@ -176,7 +177,7 @@ def attend_in_chunks(
         start = tf.constant(0) if window is None else tf.maximum(0, tf.reduce_min(low[:, begin]) - window + 1)
         keys = first[:, None] + tf.range(start, stop)
         mask = causal_mask(q_positions[:, begin:end], keys, window)
-        y = attend(q[:, begin:end], k[:, :, start:stop], v[:, :, start:stop], mask, scale, softcap)
+        y = attend(q[:, begin:end], k[:, :, start:stop], v[:, :, start:stop], mask, scoring)
         return number + 1, done.write(number, tf.transpose(y, (1, 0, 2, 3)))  # [T, B, Hq, Dv]
 
     count = (new + _CHUNK - 1) // _CHUNK
@@ -194,21 +195,12 @@ def causal_mask(q_positions: _Tensor, k_positions: _Tensor, window: int | None) 
     return mask
 
 
-def plain_attention(
-    q: _Tensor,
-    k: _Tensor,
-    v: _Tensor,
-    window: int | None,
-    scale: float | None,
-    softcap: float | None,
-    *,
-    in_chunks: bool = False,
-) -> _Tensor:
+def plain_attention(q: _Tensor, k: _Tensor, v: _Tensor, scoring: Scoring, *, in_chunks: bool = False) -> _Tensor:
     """Causal attention of [B, T, H, D] among themselves, differentiable."""
     k, v = tf.transpose(k, (0, 2, 1, 3)), tf.transpose(v, (0, 2, 1, 3))
     if q.shape[1] == 1:
-        return attend(q, k, v, None, scale, softcap)
+        return attend(q, k, v, None, scoring)
     where = tf.range(tf.shape(q)[1])[None]
     if in_chunks:
-        return attend_in_chunks(q, k, v, where, tf.zeros((1,), tf.int32), window, scale, softcap)
-    return attend(q, k, v, causal_mask(where, where, window), scale, softcap)
+        return attend_in_chunks(q, k, v, where, tf.zeros((1,), tf.int32), scoring)
+    return attend(q, k, v, causal_mask(where, where, scoring.window), scoring)

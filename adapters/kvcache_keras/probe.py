@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kvcache_core.errors import InvalidInput
 from kvcache_keras.context import stepping
-from kvcache_keras.kernels import causal_mask
+from kvcache_keras.kernels import Scoring, causal_mask
 from kvcache_keras.routes import here
 from kvcache_keras.states import behind_zeros
 from kvcache_keras.tokenmodel import FORWARDS, run_model
@@ -53,16 +53,7 @@ class _Part:
         self._past = past
         self._layers = 0
 
-    def attend(
-        self,
-        q: _Tensor,
-        k: _Tensor,
-        v: _Tensor,
-        layer: int | None,
-        window: int | None,
-        scale: float | None,
-        softcap: float | None,
-    ) -> _Tensor:
+    def attend(self, q: _Tensor, k: _Tensor, v: _Tensor, layer: int | None, scoring: Scoring) -> _Tensor:
         """Attention over the past and the new tokens, written out: nothing that it is to check computes it."""
         layer = self._layers if layer is None else layer
         self._layers += 1
@@ -70,12 +61,11 @@ class _Part:
             k, v = (tf.concat((old, new), axis=1) for old, new in zip(self._past[layer], (k, v), strict=True))
         self._past[layer] = k, v
         k, v = (tf.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-        scores = tf.einsum("bthd,bshd->bhts", q, k) * tf.constant(
-            q.shape[3] ** -0.5 if scale is None else scale, q.dtype
-        )
-        if softcap is not None:
-            scores = softcap * tf.tanh(scores / softcap)
-        mask = causal_mask(self.positions, tf.range(k.shape[1])[None], window)
+        scale = q.shape[3] ** -0.5 if scoring.scale is None else scoring.scale
+        scores = tf.einsum("bthd,bshd->bhts", q, k) * tf.constant(scale, q.dtype)
+        if scoring.softcap is not None:
+            scores = scoring.softcap * tf.tanh(scores / scoring.softcap)
+        mask = causal_mask(self.positions, tf.range(k.shape[1])[None], scoring.window)
         weights = tf.nn.softmax(tf.where(mask[:, None], scores, scores.dtype.min))
         return tf.einsum("bhts,bshd->bthd", weights, v)
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from kvcache_keras.context import stepping
-from kvcache_keras.kernels import plain_attention
+from kvcache_keras.kernels import Scoring, plain_attention
 from kvcache_keras.recorder import check_query
 from kvcache_keras.runner import build, last_of, target_scores, to_numpy
 from kvcache_keras.states import behind_zeros
@@ -32,19 +32,10 @@ class _Uncached:
         self.last_index = last_index
         self.selected = False
 
-    def attend(
-        self,
-        q: _Tensor,
-        k: _Tensor,
-        v: _Tensor,
-        layer: int | None,
-        window: int | None,
-        scale: float | None,
-        softcap: float | None,
-    ) -> _Tensor:
+    def attend(self, q: _Tensor, k: _Tensor, v: _Tensor, layer: int | None, scoring: Scoring) -> _Tensor:
         """Plain attention that needs no gradient."""
         check_query(q, k, layer)
-        return plain_attention(q, k, v, window, scale, softcap, in_chunks=True)
+        return plain_attention(q, k, v, scoring, in_chunks=True)
 
     def with_context(self, x: _Tensor, rows: int, layer: int | None) -> _Tensor:
         """Zeros before the inputs."""

@@ -11,7 +11,7 @@ import tensorflow as tf
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.layout import LayerSpec
 from kvcache_keras.context import stepping
-from kvcache_keras.kernels import plain_attention
+from kvcache_keras.kernels import Scoring, plain_attention
 from kvcache_keras.states import behind_zeros, note_context
 from kvcache_keras.store import dtype_name
 from kvcache_keras.tokenmodel import run_model
@@ -32,20 +32,11 @@ class Recorder:
         self.layers: dict[int, LayerSpec] = {}
         self.dtype: str | None = None
 
-    def attend(
-        self,
-        q: _Tensor,
-        k: _Tensor,
-        v: _Tensor,
-        layer: int | None,
-        window: int | None,
-        scale: float | None,
-        softcap: float | None,
-    ) -> _Tensor:
+    def attend(self, q: _Tensor, k: _Tensor, v: _Tensor, layer: int | None, scoring: Scoring) -> _Tensor:
         """Plain attention; the layer's shape is noted."""
         check_query(q, k, layer)
-        self._note(layer, k.dtype, LayerSpec.attention(k.shape[2], k.shape[3], v.shape[3], window=window))
-        return plain_attention(q, k, v, window, scale, softcap)
+        self._note(layer, k.dtype, LayerSpec.attention(k.shape[2], k.shape[3], v.shape[3], window=scoring.window))
+        return plain_attention(q, k, v, scoring)
 
     def with_context(self, x: _Tensor, rows: int, layer: int | None) -> _Tensor:
         """Zeros before the inputs; the layer's state is noted."""

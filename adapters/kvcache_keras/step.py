@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.plan import PAD_SLOT, GroupPlan, StepPlan
-from kvcache_keras.kernels import attend, attend_in_chunks, causal_mask
+from kvcache_keras.kernels import Scoring, attend, attend_in_chunks, causal_mask
 from kvcache_keras.recorder import check_query
 from kvcache_keras.states import STATE_SHAPES, note_context, pack_states, with_context
 from kvcache_keras.store import TensorStore, dtype_name
@@ -113,16 +113,7 @@ class Step:
         """int32 [B], index of each row's last new token."""
         return self.packed[2]
 
-    def attend(
-        self,
-        q: _Tensor,
-        k: _Tensor,
-        v: _Tensor,
-        layer: int | None,
-        window: int | None,
-        scale: float | None,
-        softcap: float | None,
-    ) -> _Tensor:
+    def attend(self, q: _Tensor, k: _Tensor, v: _Tensor, layer: int | None, scoring: Scoring) -> _Tensor:
         """Attention of one layer, [B, T, Hq, D] -> [B, T, Hq, Dv]; padding rows hold no meaning.
 
         Raises:
@@ -130,15 +121,15 @@ class Step:
             InvalidType: another dtype than the cache's.
         """
         layer = len(self.used) if layer is None else layer
-        self.check(q, k, v, layer, window)
+        self.check(q, k, v, layer, scoring.window)
         number = self.store.layout.group_of(layer)
         self.write(layer, "k", k)
         self.write(layer, "v", v)
         keys, values = (self.read(layer, name, q.dtype) for name in "kv")
         if q.shape[1] == 1:
-            return attend(q, keys, values, self.mask(number, window), scale, softcap)
+            return attend(q, keys, values, self.mask(number, scoring.window), scoring)
         first = self.group(number)[2]
-        return attend_in_chunks(q, keys, values, self.positions, first, window, scale, softcap)
+        return attend_in_chunks(q, keys, values, self.positions, first, scoring)
 
     def with_context(self, x: _Tensor, rows: int, layer: int | None) -> _Tensor:
         """Inputs [B, T, C] of a convolution behind the ``rows`` inputs before them: [B, rows + T, C].

@@ -23,7 +23,7 @@ from kvcache_keras import (
     positions,
     select_outputs,
 )
-from kvcache_keras.kernels import _CHUNK, plain_attention
+from kvcache_keras.kernels import _CHUNK, Scoring, plain_attention
 from tests.adapters.keras.models import Small, functional, ids, in_graph, tensor
 
 
@@ -65,8 +65,8 @@ def test_gradients_equal_plain_attention() -> None:
 @pytest.mark.parametrize("window", [None, 100])
 def test_chunks_change_nothing(window: int | None) -> None:
     q, k, v = heads(2, 2 * _CHUNK + 7, (4, 8), (2, 8), (2, 6))
-    whole = plain_attention(q, k, v, window, None, None)
-    np.testing.assert_allclose(plain_attention(q, k, v, window, None, None, in_chunks=True), whole, rtol=1e-10)
+    whole = plain_attention(q, k, v, Scoring(window))
+    np.testing.assert_allclose(plain_attention(q, k, v, Scoring(window), in_chunks=True), whole, rtol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
