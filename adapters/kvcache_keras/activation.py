@@ -18,7 +18,7 @@ from kvcache_core.entryformat import EntryForm, Payload
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.tree import Tree, flatten
 from kvcache_core.worth import Worth
-from kvcache_keras.context import not_recording, recording
+from kvcache_keras.context import local, not_recording, recording
 from kvcache_keras.fingerprint import Fingerprint
 from kvcache_keras.portable import export_row, layer_identity, restore_row
 
@@ -42,7 +42,6 @@ class Site(ActivationSite):
         self._identity = (identity or "").encode()
         self._number = cache.sites.number(module).to_bytes(8, "little")
         self._weights: Fingerprint | None = None
-        self._taken: list[Any] | None = None
         self.pending: OrderedDict[int, tuple[EntryLookup, EntryForm | None, Tree | None]] = OrderedDict()
         self._numbers = itertools.count(1)
 
@@ -89,7 +88,7 @@ class Site(ActivationSite):
 
     def _state(self) -> bytes:
         """What stands for the weights as they are now, in this process."""
-        return self.weights.digest() if self._taken is None else self.weights.digest_of_samples(self._taken)
+        return self.weights.digest() if local.samples is None else local.samples
 
     def portable(self) -> tuple[bytes, bytes] | None:
         """What stands for the layer with its weights in any process, and the salt; None if nothing does."""
@@ -144,18 +143,21 @@ class Site(ActivationSite):
         split: Sequence[bool],
         dtypes: Sequence[Any],
         arrays: Sequence[Any],
-        samples: Sequence[Any],
+        weights: bytes,
         output: Tree | None,
     ) -> tuple[int, list[int]]:
-        """Look up a running graph's samples; returns the call's number and the samples to compute."""
-        self._taken = list(samples)
+        """Look up a running graph's samples; returns the call's number and the samples to compute.
+
+        ``weights`` stands for the weights that the graph found.
+        """
+        local.samples = weights  # of this thread: graphs may run side by side
         try:
             count = next(len(array) for array, mine in zip(arrays, split, strict=False) if mine)
             types_ = [tf.as_dtype(dtype) for dtype in dtypes]
             keys = self.keys(tree, split, types_, arrays, self.mode()) if count else []
             form = self.form(output)
         finally:
-            self._taken = None
+            local.samples = None
         lookup = self.entries.look_up(keys, form)
         number = next(self._numbers)
         self.pending[number] = lookup, form, output
@@ -223,12 +225,14 @@ def _graph_call(site: Site, original: Callable[..., Any], leaves: Sequence[_Tens
     args, kwargs = tree.rebuild(leaves)
     split = _which_split(site, args, kwargs, leaves)
     dtypes = [leaf.dtype.name for leaf in leaves]
-    samples = site.weights.sample()
+    weights = site.weights
+    samples = weights.sample()
 
     def begin(*arrays: Any) -> list[Any]:
         # A call that turned out not to be served has left this in the graph, and found nothing.
         output = found[0] if found else None
-        number, compute = site.begin(tree, split, dtypes, arrays[: len(leaves)], arrays[len(leaves) :], output)
+        state = weights.digest_of_samples(arrays[len(leaves) :])
+        number, compute = site.begin(tree, split, dtypes, arrays[: len(leaves)], state, output)
         return [np.int64(number), np.array(compute, np.int32)]
 
     number, rows = tf.numpy_function(begin, [*leaves, *samples], [tf.int64, tf.int32])

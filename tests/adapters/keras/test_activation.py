@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import keras
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from hypothesis import strategies as st
 from keras import layers
 
 from kvcache_core import AfterSightings, KVCacheWarning, UsageError
+from kvcache_core.tree import flatten
 from kvcache_keras import KVCache
+from kvcache_keras.activation import Site
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -156,6 +160,30 @@ def test_changed_weights_are_noticed_also_in_a_traced_graph(layer, cache, how):
         with cache:
             close(run(x), expected)
     assert cache.stats().hit_entries == 0
+
+
+def test_graphs_side_by_side_go_by_their_own_weights(layer, cache, monkeypatch):
+    """A graph whose look-up is overtaken by another's still goes by the weights that it found itself."""
+    with cache:
+        run = tf.function(layer)
+        run(tf.constant(rows(0)))
+    (site,) = cache.sites
+    plain, states = Site.form, []
+
+    def overtaken(self, output):
+        if not states:
+            states.append(self._state())
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(run, tf.constant(rows(1))).result()
+            states.append(self._state())
+        return plain(self, output)
+
+    monkeypatch.setattr(Site, "form", overtaken)
+    found = site.weights.digest()
+    layer.dense.kernel.assign(layer.dense.kernel * 2.0)
+    tree = flatten(((rows(2),), {}), site.is_tensor)[1]
+    site.begin(tree, [True], ["float32"], [rows(2)], found, None)
+    assert states == [found, found]
 
 
 @pytest.mark.parametrize("verify", ["full", "never"])
