@@ -78,10 +78,12 @@ class DemotionQueue:
         with self._changed:
             if not self.room_for(pending.held):
                 return False
-            old = self._waiting.pop(tier_key, None)
+            old, writing = self._waiting.pop(tier_key, None), self._writing.get(tier_key)
             if old is not None:
                 self._nbytes -= old.held
-                pending = replace(pending, through=pending.through or old.through)
+            # What was to go to every tier still does when it is evicted before, or while, the writer comes to it.
+            if any(one is not None and one.through for one in (old, writing)):
+                pending = replace(pending, through=True)
             self._nbytes += pending.held
             self._waiting[tier_key] = pending
             self._start()
@@ -135,7 +137,7 @@ class DemotionQueue:
             first: list[Item] = []
             through: list[Item] = []
             for key, pending in self._writing.items():
-                value = pending.encode(now)
+                value = self._encoded(key, pending, now)
                 if value is not None:
                     (through if pending.through else first).append((key, value))
             self.write(first)
@@ -145,6 +147,14 @@ class DemotionQueue:
                 self._nbytes -= sum(pending.held for pending in self._writing.values())
                 self._writing.clear()
                 self._changed.notify_all()
+
+    def _encoded(self, key: bytes, pending: Pending, now: int) -> bytes | None:
+        """The value to write; None if it is gone or cannot be made, which is one result lost and not the thread."""
+        try:
+            return pending.encode(now)
+        except Exception as error:
+            self._wrote(0, [(key, b"")], error)
+            return None
 
     def write(self, items: Sequence[Item], first: int = 0) -> None:
         """Write values into the first tier from number ``first`` on that takes them, and what it drops below it."""

@@ -13,6 +13,7 @@ import pytest
 
 from kvcache_core import BlockCache, BlockLayout, InvalidInput, InvalidType, KVCacheWarning, LayerSpec
 from kvcache_core.admission import AfterSightings, ChainAdmission, Sampled
+from kvcache_core.demotion import DemotionQueue, Pending
 from kvcache_core.opentiers import tier_key
 from kvcache_core.store import NumpyStore
 from kvcache_core.tiering import TierStack
@@ -287,6 +288,19 @@ def test_blocks_evicted_before_the_writer_came_to_them_are_written_all_the_same(
     cache.stack.close(5)
 
 
+def test_evicted_while_the_writer_comes_to_it_is_written_through_all_the_same():
+    tiers = [RamTier(1 << 10), RamTier(1 << 10)]
+    tiers[1].persistent = True
+    queue = DemotionQueue(tiers, 1 << 10, lambda number, key: False, lambda number, items, error: None)
+
+    def evicted_first(now: int) -> None:
+        assert queue.put(b"key", Pending(b"value", 5, lambda now: b"value"))
+
+    assert queue.put(b"key", Pending(None, 5, evicted_first, through=True))
+    assert queue.close(time.monotonic() + 5)
+    assert tiers[1].get_many([b"key"]) == [b"value"]
+
+
 def test_written_through_to_every_tier_that_others_see(tmp_path):
     urls = [f"disk:{tmp_path / name}?max=8MiB&sync=off" for name in ("one", "two")]
     cache = Cache(40, [urls[0], "ram:1MiB", urls[1]], write_through=True)
@@ -405,6 +419,25 @@ def test_a_full_queue_drops_and_counts():
     assert not cache.stack.flush(0.05)
     held.set()
     assert cache.stack.close(5)
+
+
+def test_what_cannot_be_encoded_is_lost_alone():
+    tier, lost = RamTier(1 << 10), []
+
+    def broken(now: int) -> bytes:
+        raise RuntimeError("no bytes")
+
+    queue = DemotionQueue(
+        [tier],
+        1 << 10,
+        lambda number, key: False,
+        lambda number, items, error: lost.extend((number, key, error) for key, _ in items if error is not None),
+    )
+    assert queue.put(b"bad", Pending(b"value", 5, broken))
+    assert queue.put(b"good", Pending(b"value", 5, lambda now: b"value"))
+    assert queue.close(time.monotonic() + 5)
+    assert tier.get_many([b"good"]) == [b"value"]
+    assert [(number, key, str(error)) for number, key, error in lost] == [(0, b"bad", "no bytes")]
 
 
 def test_closing_has_a_time_limit():
