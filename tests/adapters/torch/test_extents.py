@@ -15,7 +15,7 @@ from kvcache_core.attention import attend
 from kvcache_core.store import NumpyStore
 from kvcache_torch import TensorStore, kernels, native, reading
 from kvcache_torch.step import Step
-from tests.reference_decoder import REDRAWS, ulp
+from tests.reference_decoder import REDRAWS, Errors, ulp
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class Twin:
     """One layer of a cache, the same K and V in numpy, and the same attention in torch over tokens brought together."""
 
-    def __init__(self, dtype, heads, groups, sizes, window, block_size):
+    def __init__(self, dtype, heads, groups, sizes, window, block_size, seed):
         self.dtype, self.heads, self.groups, self.sizes = DTYPES[dtype], heads, groups, sizes
         spec = LayerSpec.attention(heads, *sizes, window=window)
         layout = BlockLayout([spec], block_size, dtype)
@@ -32,7 +32,7 @@ class Twin:
         for name in "kv":
             self.store.array(0, name).fill_(torch.nan)  # who reads a slot that nobody wrote gets NaN
         self.numpy = NumpyStore(BlockLayout([spec], block_size, "float64"), 600)
-        self.random = np.random.default_rng(0)
+        self.random = np.random.default_rng(seed)
         self.window = window
         self.rows = []
 
@@ -57,34 +57,25 @@ class Twin:
             self.rows.append(Row(found[row, :, :count].double().numpy(), q[row, :, :count], k, v, mine, where))
         self.core.commit(plan)
 
-    def check(self):
-        """Invariant 1 over all rows of all steps, as the driver of the random decoders checks it.
-
-        The error without extents is drawn again, with tokens and columns in another order, while it may be small by
-        luck: there may be one number in all.
-        """
+    def errors(self):
+        """The largest ones over all rows of all steps."""
         exact = []
         for row in self.rows:
             q, k, v = (array.astype(np.longdouble) for array in (row.q.double().numpy(), row.k, row.v))
             exact.append(attend(q, k, v, row.mine, row.where, window=self.window))
-        slack = ulp(str(self.dtype).removeprefix("torch."), max(float(np.abs(one).max()) for one in exact))
-        error = max(np.abs(row.found - one).max() for row, one in zip(self.rows, exact, strict=True))
-        own = 0.0
-        for _ in range(REDRAWS):
-            plain = [self.plain(row) for row in self.rows]
-            own = max(own, *(np.abs(one - true).max() for one, true in zip(plain, exact, strict=True)))
-            if error <= 1.5 * own + slack:
-                return
-        raise AssertionError(f"error {error:.3g}, without extents {own:.3g}, one ulp {slack:.3g}")
+        cached, own = (
+            float(np.max([np.abs(one - true).max() for one, true in zip(found, exact, strict=True)]))
+            for found in ([row.found for row in self.rows], [self.plain(row) for row in self.rows])
+        )
+        magnitude = max(float(np.abs(one).max()) for one in exact)
+        return Errors(cached, own, ulp(str(self.dtype).removeprefix("torch."), magnitude))
 
     def plain(self, row):
-        """The row's attention over its tokens brought together in any order."""
-        tokens, columns = self.random.permutation(len(row.where)), self.random.permutation(self.sizes[0])
-        behind = torch.from_numpy(row.mine[:, None] - row.where[tokens])
+        """The row's attention over its tokens brought together."""
+        behind = torch.from_numpy(row.mine[:, None] - row.where)
         mask = (behind >= 0) & (behind < (self.window or 10**9))
-        k, v = (torch.from_numpy(array[:, tokens]).to(self.dtype) for array in (row.k, row.v))
-        found = kernels.attend_masked(row.q[None, ..., columns], k[None, ..., columns], v[None], mask, None, None)
-        return found[0].double().numpy()
+        k, v = (torch.from_numpy(array).to(self.dtype) for array in (row.k, row.v))
+        return kernels.attend_masked(row.q[None], k[None], v[None], mask, None, None)[0].double().numpy()
 
 
 class Row(NamedTuple):
@@ -105,26 +96,42 @@ def test_any_tree_of_rows_equals_the_reference(dtype, data):
 
 
 def grow_a_tree(dtype, draw):
-    """Rows fork from each other at random, grow by ragged numbers of tokens, and are stepped together."""
+    """Rows fork from each other at random, grow by ragged numbers of tokens, and are stepped together.
+
+    Invariant 1, as the driver of the random decoders checks it: where the bound is passed, it must hold between the
+    means of more draws, here of other numbers.
+    """
     size = draw(st.integers(1, 5))
-    twin = Twin(
-        dtype,
-        heads=draw(st.integers(1, 3)),
-        groups=draw(st.integers(1, 3)),
-        sizes=(size, draw(st.sampled_from([size, size + 1]))),
-        window=draw(st.none() | st.integers(1, 30)),
-        block_size=draw(st.integers(1, 4)),
-    )
-    seqs = [twin.core.open([1])]
-    twin.step(seqs, [draw(st.integers(1, 20))])
+    shape = {
+        "heads": draw(st.integers(1, 3)),
+        "groups": draw(st.integers(1, 3)),
+        "sizes": (size, draw(st.sampled_from([size, size + 1]))),
+        "window": draw(st.none() | st.integers(1, 30)),
+        "block_size": draw(st.integers(1, 4)),
+    }
+    steps, count = [((), [0], [draw(st.integers(1, 20))])], 1
     for _ in range(draw(st.integers(1, 4))):
-        for _ in range(draw(st.integers(0, 2))):
-            seqs.append(draw(st.sampled_from(seqs)).fork())
-        chosen = draw(st.lists(st.sampled_from(seqs), min_size=1, max_size=6, unique_by=id))
+        forks = [draw(st.integers(0, count + at - 1)) for at in range(draw(st.integers(0, 2)))]
+        count += len(forks)
+        chosen = draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=6, unique=True))
         one_each = draw(st.booleans())
-        counts = [1 if one_each else draw(st.integers(1, 6)) for _ in chosen]
-        twin.step(chosen, counts)
-    twin.check()
+        steps.append((forks, chosen, [1 if one_each else draw(st.integers(1, 6)) for _ in chosen]))
+    draws = [grown(dtype, shape, steps, 0)]
+    if not draws[0].holds:
+        draws += [grown(dtype, shape, steps, seed) for seed in range(1, 1 + REDRAWS)]
+    mean = Errors(*np.mean(draws, axis=0))
+    assert mean.holds, f"{draws[0]}; over {len(draws)} draws {mean}"
+
+
+def grown(dtype, shape, steps, seed):
+    """The errors of one draw of all numbers."""
+    twin = Twin(dtype, **shape, seed=seed)
+    seqs = [twin.core.open([1])]
+    for forks, chosen, counts in steps:
+        for one in forks:
+            seqs.append(seqs[one].fork())
+        twin.step([seqs[one] for one in chosen], counts)
+    return twin.errors()
 
 
 def test_shared_prefix_is_one_call_and_equal_tails_another():
