@@ -51,8 +51,8 @@ the uncached run's own error times 1.5 plus one ulp of the dtype at the magnitud
 The reference is float64 or wider: numpy's longdouble. The largest error of a few outputs is one draw of their
 rounding, on both sides; of equal models one is now and then twice the other's. So where the bound is passed, the
 script is run again with the hidden units permuted (same mathematics, other rounding), a dozen times, and the bound
-must hold between the means of all draws. That is no wider: a cache that rounds worse, by whatever little, does so in
-every draw, and a wrong value is off by orders of magnitude more.
+must hold between the means of all draws. A single draw may so be further off than the bound, a cache may not: one
+that rounds worse does so in every draw, and a wrong value is off by orders of magnitude more.
 """
 
 from __future__ import annotations
