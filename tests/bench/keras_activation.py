@@ -8,8 +8,18 @@ import time
 import keras
 import numpy as np
 import tensorflow as tf
+from activations import (
+    BYPASS_TARGET,
+    EPOCHS,
+    PLAIN,
+    REPEATED,
+    SENTENCES,
+    TEXT_TARGET,
+    TRAIN_TARGET,
+    weights_check,
+)
 from measure import Row, Table, alternate
-from smol import checkpoint, prompt
+from smol import checkpoint
 
 import keras_encoder
 import keras_images
@@ -17,17 +27,13 @@ import llama_keras
 import sentences
 from kvcache_keras import KVCache
 
-PLAIN = "the same without the cache"
-STEP = "one decode step"
-SENTENCES, REPEATED, EPOCHS, CALLS = 2000, 0.6, 5, 200
-TEXT_TARGET, TRAIN_TARGET = 0.5, 0.35
-BYPASS_TARGET, CHECK_TARGET = 1.05, 0.02
+CALLS = 200
 
 
 def main(*, quick: bool = False) -> Table:
     """All cases, cached and not, by turns."""
     runs, count = (2, 400) if quick else (5, SENTENCES)
-    rows = [encoder(runs, count), training(runs), bypass(runs), weights_check(runs)]
+    rows = [encoder(runs, count), training(runs), bypass(runs), look(runs)]
     text = [
         f"MiniLM over {count:,} real sentences of which {REPEATED:.0%} came before, in a graph; a new head on "
         f"a frozen CNN with `model.fit`, {EPOCHS} epochs over 1,797 real digits. Each run starts with an empty cache; "
@@ -113,25 +119,8 @@ def bypass(runs: int) -> Row:
     return Row.of("two-layer MLP, bypassed", "us", samples, target=(PLAIN, BYPASS_TARGET))
 
 
-def weights_check(runs: int) -> Row:
+def look(runs: int) -> Row:
     """Milliseconds to notice whether SmolLM2's weights changed."""
     cache = KVCache(256)
     cache.attach(llama_keras.from_checkpoint(checkpoint()), outputs="last")
-    tokens = prompt(128, 0)
-    seq = cache.open(tokens, max_new_tokens=64 * runs)
-    cache.step_greedy([seq], [tokens[seq.num_cached :]])
-
-    def look() -> float:
-        start = time.perf_counter()
-        for _ in range(16):
-            cache.refresh()
-        return 1e3 * (time.perf_counter() - start) / 16
-
-    def step() -> float:
-        start = time.perf_counter()
-        cache.decode_greedy([seq], [[1]], 8)
-        return 1e3 * (time.perf_counter() - start) / 8
-
-    samples = alternate({"ours": look, STEP: step}, 2 * runs, "look at the weights")
-    seq.close()
-    return Row.of("a look at SmolLM2's weights", "ms", samples, target=(STEP, CHECK_TARGET))
+    return weights_check(runs, cache, lambda seq, steps: cache.decode_greedy([seq], [[1]], steps), 8)

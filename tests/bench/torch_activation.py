@@ -7,8 +7,18 @@ import copy
 import time
 
 import torch
+from activations import (
+    BYPASS_TARGET,
+    EPOCHS,
+    PLAIN,
+    REPEATED,
+    SENTENCES,
+    TEXT_TARGET,
+    TRAIN_TARGET,
+    weights_check,
+)
 from measure import Row, Table, alternate
-from smol import checkpoint, prompt
+from smol import checkpoint
 from torch import nn
 
 import llama_torch
@@ -17,18 +27,13 @@ import torch_encoder
 import torch_images
 from kvcache_torch import KVCache
 
-PLAIN = "the same without the cache"
-SENTENCES, REPEATED, EPOCHS = 2000, 0.6, 5
-TEXT_TARGET, TRAIN_TARGET = 0.5, 0.35
-BYPASS_TARGET, CHECK_TARGET = 1.05, 0.02
-STEP = "one decode step"
 CALLS = 400
 
 
 def main(*, quick: bool = False) -> Table:
     """Both cases, cached and not, by turns."""
     runs, count = (2, 400) if quick else (5, SENTENCES)
-    rows = [encoder(runs, count), training(runs), bypass(runs), weights_check(runs)]
+    rows = [encoder(runs, count), training(runs), bypass(runs), look(runs)]
     text = [
         f"all-MiniLM-L6-v2 over {count:,} real sentences of which {REPEATED:.0%} came before; a new head on a frozen "
         f"CNN, {EPOCHS} epochs over 1,797 real digits. Each run starts with an empty cache; results are compared.",
@@ -105,26 +110,8 @@ def bypass(runs: int) -> Row:
     return Row.of("two-layer MLP, bypassed", "us", samples, target=(PLAIN, BYPASS_TARGET))
 
 
-def weights_check(runs: int) -> Row:
+def look(runs: int) -> Row:
     """Milliseconds to notice whether SmolLM2's weights changed."""
     cache = KVCache(256)
     cache.attach(llama_torch.from_checkpoint(checkpoint()), outputs="last")
-    tokens = prompt(128, 0)
-    seq = cache.open(tokens, max_new_tokens=64 * runs)
-    cache.step_greedy([seq], [tokens[seq.num_cached :]])
-
-    def look() -> float:
-        start = time.perf_counter()
-        for _ in range(16):
-            cache.refresh()
-        return 1e3 * (time.perf_counter() - start) / 16
-
-    def step() -> float:
-        start = time.perf_counter()
-        for _ in range(4):
-            cache.step_greedy([seq], [[1]])
-        return 1e3 * (time.perf_counter() - start) / 4
-
-    samples = alternate({"ours": look, STEP: step}, 2 * runs, "look at the weights")
-    seq.close()
-    return Row.of("a look at SmolLM2's weights", "ms", samples, target=(STEP, CHECK_TARGET))
+    return weights_check(runs, cache, lambda seq, steps: [cache.step_greedy([seq], [[1]]) for _ in range(steps)], 4)

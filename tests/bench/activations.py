@@ -1,0 +1,34 @@
+"""What `torch_activation` and `keras_activation` share: sizes, targets, and the case without samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from measure import Row, alternate, seconds
+from smol import prompt
+
+PLAIN = "the same without the cache"
+SENTENCES, REPEATED, EPOCHS = 2000, 0.6, 5
+TEXT_TARGET, TRAIN_TARGET = 0.5, 0.35
+BYPASS_TARGET = 1.05
+
+_STEP, _CHECK_TARGET = "one decode step", 0.02
+_LOOKS = 16
+
+
+def weights_check(runs: int, cache: Any, decode: Callable[[Any, int], object], steps: int) -> Row:
+    """Milliseconds to notice whether the weights changed; ``decode(seq, steps)`` takes so many decode steps."""
+    tokens = prompt(128, 0)
+    seq = cache.open(tokens, max_new_tokens=64 * runs)
+    cache.step_greedy([seq], [tokens[seq.num_cached :]])
+
+    def look() -> float:
+        return 1e3 * seconds(lambda: [cache.refresh() for _ in range(_LOOKS)]) / _LOOKS
+
+    def step() -> float:
+        return 1e3 * seconds(lambda: decode(seq, steps)) / steps
+
+    samples = alternate({"ours": look, _STEP: step}, 2 * runs, "look at the weights")
+    seq.close()
+    return Row.of("a look at SmolLM2's weights", "ms", samples, target=(_STEP, _CHECK_TARGET))
