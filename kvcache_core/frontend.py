@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvcache_core.analysis import Advice
+from kvcache_core.cache import BlockCache
 from kvcache_core.errors import InvalidInput
 from kvcache_core.progress import progress
 from kvcache_core.serving import Call, Serving
@@ -96,14 +97,18 @@ class FrontendCache(Serving):
             size, memory = None, size
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise InvalidInput(f"size must be a whole number of blocks, at least 1; got {size!r}")
-        self.sites.entries.resize(size, memory=None if memory is None else parse_memory(memory))
-        if self._core is None:
-            self._size, self._memory = size, None if memory is None else parse_memory(memory)
-            return
-        if memory is not None and self._core.layout is not None:
-            size = self._blocks_in(self._core.layout, parse_memory(memory))
-        with self._core.lock:
-            results = self._core.resize(int(size or 0))
+        limit = None if memory is None else parse_memory(memory)
+        if self._core is not None:
+            self._resize_blocks(self._core, size, limit)
+        self.sites.entries.resize(size, memory=limit)
+        self._size, self._memory = size, limit
+
+    def _resize_blocks(self, core: BlockCache, size: int | None, memory: int | None) -> None:
+        """The pools and the store; the first of them to say no has changed nothing."""
+        if memory is not None and core.layout is not None:
+            size = self._blocks_in(core.layout, memory)
+        with core.lock:
+            results = core.resize(int(size or 0))
             self._store.resize(int(size or 0), [result.moves for result in results])
 
     def compact(self) -> int:

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from kvcache_core import BlockCache, BlockLayout, CacheFull, LayerSpec
+from kvcache_core import BlockCache, BlockLayout, CacheFull, InvalidInput, LayerSpec
 from kvcache_core.store import NumpyStore
+from tests.numpy_cache import NumpyCache
+from tests.reference_decoder import DecoderConfig
 from tests.strategies import compute, prompts, snapshot, step
 
 
@@ -121,3 +123,18 @@ def test_resize_to_the_same_size_changes_nothing():
     results = core.resize(8)
     assert not results[0].evicted and not results[0].moves
     assert snapshot(core) == before
+
+
+def test_a_refused_resize_leaves_the_entries_and_an_accepted_one_holds_for_another_layout():
+    cache = NumpyCache(DecoderConfig(block_size=2), 8)
+    seq = cache.open([1, 2, 3, 4, 5])
+    cache.step([seq], [[1, 2, 3, 4, 5]])
+    with pytest.raises(CacheFull):
+        cache.resize(2)
+    with pytest.raises(InvalidInput, match="holds no block"):
+        cache.resize(memory=1)
+    assert (cache.sites.entries.size, cache.core.num_blocks) == (8, 8)
+    seq.close()
+    cache.resize(5)
+    cache.attach(cache.model, outputs="all")
+    assert (cache.sites.entries.size, cache.core.num_blocks) == (5, 5)
