@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kvcache_core.errors import CacheFull
 from kvcache_core.frontend import FrontendCache
+from kvcache_core.match import LayerGroup
 from kvcache_core.recompute import RecomputeDecoder
 from kvcache_core.sequence import Sequence as CachedSequence
 from kvcache_core.types import TokenIds
@@ -157,7 +158,7 @@ class CacheDecoder:
             for number, group in enumerate(core.groups):
                 if group.kind == "output":
                     continue
-                needed = self._blocks(self._kept(length, new, group.window)) + self._forks(new, copies)
+                needed = self._alone(length, new, group) + self._forks(new, copies)
                 needed -= shared // self._block_size if group.window is None else 0
                 for seq, tokens, added, forks in running:
                     held = len(seq.tables[number]) - seq.dropped[number]
@@ -171,7 +172,7 @@ class CacheDecoder:
     def check_fits(self, prompt: int, new: int, copies: int) -> None:
         """Raise CacheFull if the prompt cannot run even alone."""
         groups = [group for group in self._cache.core.groups if group.kind != "output"]
-        needed = max(self._blocks(self._kept(prompt, new, group.window)) for group in groups)
+        needed = max(self._alone(prompt, new, group) for group in groups)
         needed += self._forks(new, copies)
         capacity = self._cache.core.num_blocks
         if needed > capacity:
@@ -183,6 +184,10 @@ class CacheDecoder:
                 available=capacity,
                 capacity=capacity,
             )
+
+    def _alone(self, prompt: int, new: int, group: LayerGroup) -> int:
+        """Blocks that a row takes in a layer group, at most; a step has a new state's block beside the old one's."""
+        return self._blocks(self._kept(prompt, new, group.window)) + (group.kind == "state")
 
     def _forks(self, new: int, copies: int) -> int:
         """Blocks that further continuations add: their own tokens, and a copy of the prompt's last block."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from kvcache_core import BlockCache, BlockLayout, CacheFull, InvalidInput, LayerSpec
+from kvcache_core.decoder import CacheDecoder
 from kvcache_core.frames import frames_of, padded
 from kvcache_core.layout import STATE_WINDOW
 from tests.strategies import compute, snapshot, step
@@ -156,3 +160,21 @@ def test_frames_are_checked():
         frames_of([[1, 2, 3]], 3)
     rows = [frames_of(np.ones((count, 2)), 2) for count in (3, 1)]
     assert padded(rows).tolist() == [[[1, 1]] * 3, [[1, 1], [0, 0], [0, 0]]]
+
+
+def test_what_generation_admits_has_room_for_the_new_states_beside_the_old_ones():
+    admitted = 0
+    for blocks, prompt, new, copies, chunk in product(range(1, 7), (1, 3, 4, 6, 9), (1, 2, 6), (1, 3), (1, 3, 5, 9)):
+        core = core_of(blocks)
+        try:
+            CacheDecoder(SimpleNamespace(core=core)).check_fits(prompt, new, copies)
+        except CacheFull:
+            continue
+        admitted += 1
+        seq = core.open(range(prompt), max_new_tokens=new)
+        while seq.length < prompt:
+            step(core, seq, range(seq.length, min(seq.length + chunk, prompt)))
+        seqs = [seq, *(seq.fork() for _ in range(copies - 1))]
+        for _ in range(new - 1):
+            core.commit(core.plan(seqs, [[100 + row] for row in range(copies)]))
+    assert admitted > 100
