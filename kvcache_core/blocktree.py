@@ -200,6 +200,8 @@ class BlockTree(SortedChildren):
             assert attached == {block: int(node) for block, node in enumerate(nodes) if node}
             assert set(attached.values()) <= alive
         assert set(self._open) == {node for tails in self._open_tails.values() for node in tails} <= alive
+        assert self._in_step <= set(self._open)
+        assert set(self._extras) | set(self._known_keys) <= alive
         children = {parent: [*siblings] for parent, siblings in self._children.items()}
         for siblings in self._children.values():
             siblings.check_valid()

@@ -202,10 +202,13 @@ class BlockCache(PlannedSteps):
                     if not seq.in_step:
                         pairs = zip(seq.nodes, table, strict=False)
                         assert all(not block or self._index.block(number, node) == block for node, block in pairs)
-                        assert seq.in_step or len(table) >= len(seq.nodes)
+                        assert len(table) >= len(seq.nodes)
                     assert all(not block for block in table[: seq.dropped[number]])
                 findable = [block for block in range(1, group.pool.num_blocks + 1) if group.pool.is_findable(block)]
                 assert all(self._index.node(number, block) for block in findable)
+                # What nobody holds and cannot be found is free: the index must not know it.
+                free = [block for block in group.pool.free.blocks() if self._index.node(number, block)]
+                assert not free, free
                 if not any(seq.in_step for seq in self._open.values()):
                     for block in range(1, group.pool.num_blocks + 1):
                         assert group.pool.refs(block) == held[block]
