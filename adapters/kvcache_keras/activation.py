@@ -146,15 +146,11 @@ class Site(ActivationSite):
         weights: bytes,
         output: Tree | None,
     ) -> tuple[int, list[int]]:
-        """Look up a running graph's samples; returns the call's number and the samples to compute.
-
-        ``weights`` stands for the weights that the graph found.
-        """
+        """Look up samples of a graph that found these weights; returns the call's number and what to compute."""
         local.samples = weights  # of this thread: graphs may run side by side
         try:
             count = next(len(array) for array, mine in zip(arrays, split, strict=False) if mine)
-            types_ = [tf.as_dtype(dtype) for dtype in dtypes]
-            keys = self.keys(tree, split, types_, arrays, self.mode()) if count else []
+            keys = self.keys(tree, split, dtypes, arrays, self.mode()) if count else []
             form = self.form(output)
         finally:
             local.samples = None
@@ -224,7 +220,7 @@ def _graph_call(site: Site, original: Callable[..., Any], leaves: Sequence[_Tens
     leaves = [tf.convert_to_tensor(leaf) for leaf in leaves]
     args, kwargs = tree.rebuild(leaves)
     split = _which_split(site, args, kwargs, leaves)
-    dtypes = [leaf.dtype.name for leaf in leaves]
+    dtypes = [leaf.dtype for leaf in leaves]
     weights = site.weights
     samples = weights.sample()
 

@@ -182,7 +182,7 @@ def test_graphs_side_by_side_go_by_their_own_weights(layer, cache, monkeypatch):
     found = site.weights.digest()
     layer.dense.kernel.assign(layer.dense.kernel * 2.0)
     tree = flatten(((rows(2),), {}), site.is_tensor)[1]
-    site.begin(tree, [True], ["float32"], [rows(2)], found, None)
+    site.begin(tree, [True], [tf.float32], [rows(2)], found, None)
     assert states == [found, found]
 
 
