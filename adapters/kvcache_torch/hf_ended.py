@@ -55,7 +55,9 @@ class _Watched(StoppingCriteriaList):  # type: ignore[misc]
         if before is not None and np.array_equal(before.ids, ids[:, : before.ids.shape[1]]):
             at = before.at
         now = done.detach().cpu().numpy() & (at == _NEVER)
-        _local.ended = _Ended(ids, np.where(now, ids.shape[1], at))
+        at = np.where(now, ids.shape[1], at)
+        # Behind the last row's end nothing is fed any more: a call with these ids is somebody's own.
+        _local.ended = None if (at != _NEVER).all() else _Ended(ids, at)
         return done
 
 
@@ -89,11 +91,12 @@ def without_ended(columns: Columns, past_valid: NDArray[np.bool_]) -> Columns:
         columns: the call.
         past_valid: [B, C] of the earlier columns.
     """
-    ended = _local.ended
-    if ended is None or not (ended.at < columns.ids.shape[1]).any() or not np.array_equal(ended.ids, columns.ids):
+    ended, past = _local.ended, columns.ids.shape[1] - columns.width
+    if ended is None or not past:
+        return columns  # padding goes to rows that go on; what begins anew may be somebody's own call
+    if not (ended.at < columns.ids.shape[1]).any() or not np.array_equal(ended.ids, columns.ids):
         return columns
     valid = columns.valid & (np.arange(columns.ids.shape[1]) < ended.at[:, None])
     if not valid[:, -columns.width :].any():
         return columns  # no generate goes on when all rows have ended: this is somebody's own call
-    past = valid.shape[1] - columns.width
     return replace(columns, valid=valid, same_past=bool((valid[:, :past] == past_valid[:, :past]).all()))

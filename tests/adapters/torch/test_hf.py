@@ -333,6 +333,27 @@ def test_a_turn_behind_rows_that_ended_computes_the_turn_alone(model: Any, cache
         assert torch.equal(new[row, turn.shape[1] :], alone[0, -5:])
 
 
+def test_rows_that_ended_in_a_generate_without_a_past(model: Any, cache: KVCache) -> None:
+    ids = torch.randint(1, VOCAB, (3, 15), generator=torch.Generator().manual_seed(3))
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    options |= {"eos_token_id": ending(model, ids, **options)[0], "use_cache": False}
+    with cache:
+        out = model.generate(ids, **options)
+    assert torch.equal(out, model.generate(ids, **options))
+
+
+def test_scoring_what_generate_gave_is_a_call_like_any_other(model: Any, cache: KVCache) -> None:
+    """Without a mask the padding behind a row's end is tokens, as it is outside."""
+    ids = torch.randint(1, VOCAB, (3, 15), generator=torch.Generator().manual_seed(3))
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    options["eos_token_id"], _ = ending(model, ids, **options)
+    with torch.no_grad(), cache:
+        out = model.generate(ids, **options)
+        scored = model(out).logits
+    with torch.no_grad():
+        assert torch.allclose(scored, model(out).logits, atol=1e-5)
+
+
 @pytest.mark.parametrize("end", [None, 1])
 def test_rows_that_end_by_a_criterion_of_the_callers_own(
     model: Any, cache: KVCache, ids: torch.Tensor, end: int | None
