@@ -50,6 +50,9 @@ def test_gradients_and_other_dtypes_go_through_torch():
     x, weight = torch.randn(4, 24, requires_grad=True), torch.randn(40, 24)
     linear(x, weight).sum().backward()
     assert x.grad is not None
+    bias = torch.randn(40, requires_grad=True)  # the only one to be trained
+    linear(x.detach(), weight, bias).sum().backward()
+    assert bias.grad is not None
     assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
 
 
