@@ -153,6 +153,7 @@ class FlexReads:
         self._positions = torch.from_numpy(plan.positions).to(device)
         self._tables = torch.from_numpy(self._group.block_tables).to(device, torch.int64)
         self._seen = torch.from_numpy(_seen_blocks(self._group)).to(device)
+        self._lookup: tuple[Tensor, Tensor, Tensor] | None = None
 
     def serves(self, q: Tensor, keys: Tensor, values: Tensor) -> bool:
         """Blocks that a tile of its kernel can hold."""
@@ -160,28 +161,31 @@ class FlexReads:
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float | None, softcap: float | None) -> Tensor:
         """One call; which slots a row sees is a table from block to place in its sequence."""
-        size, blocks = self._group.block_size, keys.shape[1] // self._group.block_size
-        place = torch.full((len(q), blocks), -1, device=q.device)
-        order = torch.arange(self._tables.shape[1], device=q.device).expand_as(self._tables)
-        place.scatter_(1, self._tables.where(self._seen, 0), order)
-        place[:, 0] = -1  # the null block, where everything unseen has gone
-        listed = torch.argsort((~self._seen).to(torch.int8), dim=1, stable=True)
-        indices = self._tables.gather(1, listed).to(torch.int32)
-        counts = self._seen.sum(1, dtype=torch.int32)
+        size = self._group.block_size
+        if self._lookup is None:  # the same for all layers
+            self._lookup = self._look_up(keys.shape[1] // size)
         result: Tensor = _flex()(
             q,
             keys,
             values,
-            place,
+            self._lookup[0],
             self._positions,
-            counts,
-            indices,
+            *self._lookup[1:],
             size=size,
             window=self._group.window,
             scale=scale,
             softcap=softcap,
         )
         return result
+
+    def _look_up(self, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+        """``place``, ``counts`` and ``indices`` of :func:`flex_over_blocks`, in a pool of so many blocks."""
+        place = self._tables.new_full((len(self._tables), blocks), -1)
+        order = torch.arange(self._tables.shape[1], device=place.device).expand_as(self._tables)
+        place.scatter_(1, self._tables.where(self._seen, 0), order)
+        place[:, 0] = -1  # the null block, where everything unseen has gone
+        listed = torch.argsort((~self._seen).to(torch.int8), dim=1, stable=True)
+        return place, self._seen.sum(1, dtype=torch.int32), self._tables.gather(1, listed).to(torch.int32)
 
 
 def flex_over_blocks(
