@@ -3,76 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvcache_core.errors import InvalidInput, InvalidType
-from kvcache_core.extents import packed_extents, past_extents
-from kvcache_core.plan import GroupPlan, StepPlan
+from kvcache_core.plan import StepPlan
+from kvcache_torch.groupstep import GroupStep
 from kvcache_torch.kernels import attend_all, attend_masked, attend_with_lse
-from kvcache_torch.native import DecodeReads, active
+from kvcache_torch.native import DecodeReads
 from kvcache_torch.paged import PagedReads, choose
-from kvcache_torch.reading import Read, attend_reads, plan_reads
+from kvcache_torch.reading import attend_reads
 from kvcache_torch.recorder import check_query
 from kvcache_torch.states import StateStep, check_context
 from kvcache_torch.store import TensorStore
 
 __all__ = ["Step"]
-
-
-class _GroupStep:
-    """What the layers of one group have in common in a step; made once, before the first layer."""
-
-    def __init__(self, plan: StepPlan, number: int, device: torch.device) -> None:
-        group = self.group = plan.groups[number]
-        self.run = _run(group)
-        self.slots = torch.from_numpy(group.slots.reshape(-1)).to(device)
-        self.decodes = plan.tokens.shape[1] == 1
-        # A window hides part of the past from a prompt's later tokens: then a mask is needed.
-        self.sees_all = self.decodes or group.window is None or int(group.ends.max()) <= group.window
-        self.single: tuple[int, int] | None = None
-        if self.decodes and len(group.ends) == 1 and len(group.extents[0]) == 1:
-            slot, size, _ = group.extents[0][0]
-            self.single = slot, slot + size
-        self._device = device
-
-    @cached_property
-    def reads(self) -> list[Read]:
-        """The attention calls over what is in the pool: for a prompt without its new tokens."""
-        return plan_reads(self.group.extents if self.decodes else past_extents(self.group), self._device)
-
-    @cached_property
-    def native(self) -> DecodeReads | None:
-        """The same for the decode kernel in C, where it is in use."""
-        kernels = active()
-        if kernels is None or not self.decodes:
-            return None
-        return DecodeReads(kernels, self.group.extents, self.group.slots[:, 0].tolist())
-
-    @cached_property
-    def converted(self) -> _Packed:
-        """What is read where K and V are stored in another dtype: for a prompt without its new tokens."""
-        return _Packed(self.group.extents if self.decodes else past_extents(self.group), self._device)
-
-    @cached_property
-    def converted_all(self) -> _Packed:
-        """The same, always with the new tokens."""
-        return self.converted if self.decodes else _Packed(self.group.extents, self._device)
-
-
-class _Packed:
-    """Slots that a step reads, to be converted into one tensor, and the attention calls over that."""
-
-    def __init__(self, extents: Sequence[Sequence[tuple[int, int, int]]], device: torch.device) -> None:
-        slots, self.extents = packed_extents(extents)
-        adjacent = len(slots) > 0 and int(slots[-1] - slots[0]) == len(slots) - 1
-        self.slots: Tensor | slice = torch.from_numpy(slots).to(device)
-        if adjacent:
-            self.slots = slice(int(slots[0]), int(slots[-1]) + 1)
-        self.reads = plan_reads(self.extents, device)
 
 
 class Step:
@@ -94,9 +41,7 @@ class Step:
         self.positions = torch.from_numpy(plan.positions).to(device)
         self.last_index = torch.from_numpy(plan.counts - 1).to(device)
         self._groups = {
-            number: _GroupStep(plan, number, device)
-            for number, group in enumerate(plan.groups)
-            if group.kind != "state"
+            number: GroupStep(plan, number, device) for number, group in enumerate(plan.groups) if group.kind != "state"
         }
         self._states = next((StateStep(group, device) for group in plan.groups if group.kind == "state"), None)
         self._used: set[int] = set()
@@ -181,7 +126,7 @@ class Step:
         new = attend_with_lse(q, k, v, scale, causal=True)
         return attend_reads(read.reads, q, keys, values, scale, new)
 
-    def _stored(self, layer: int, name: str, new: Tensor, group: _GroupStep) -> Tensor:
+    def _stored(self, layer: int, name: str, new: Tensor, group: GroupStep) -> Tensor:
         """Write [B, H, T, D]; returns it as it will be read."""
         rows, heads, count, size = new.shape
         flat = new.transpose(0, 1).reshape(heads, rows * count, size)
@@ -303,18 +248,6 @@ class Step:
                 f"layer {layer} runs on {k.device}, the cache's tensors are on {self.store.device}; make a new "
                 "cache after moving the model"
             )
-
-
-def _run(group: GroupPlan) -> slice | None:
-    """The slots of a single row as one slice, if they are adjacent and not padded."""
-    slots = group.slots
-    if len(slots) > 1:
-        return None
-    first, last = int(slots[0, 0]), int(slots[0, -1])
-    # The ends alone do not tell: a block from elsewhere may stand in between.
-    if last - first != slots.shape[1] - 1 or (np.diff(slots[0]) != 1).any():
-        return None
-    return slice(first, last + 1)
 
 
 def _write(array: Tensor, new: Tensor, slots: Tensor) -> None:
