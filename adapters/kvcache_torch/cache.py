@@ -19,10 +19,10 @@ from kvcache_core.plan import StepPlan
 from kvcache_core.sequence import Sequence as CachedSequence
 from kvcache_core.types import TokenIds
 from kvcache_torch.activation import Site
+from kvcache_torch.attached import AttachedForward
 from kvcache_torch.compiled import compiler_works
 from kvcache_torch.context import local
 from kvcache_torch.driver import (
-    AttachedForward,
     Driver,
     device_of,
     driver_of,

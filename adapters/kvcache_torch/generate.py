@@ -6,9 +6,10 @@ from torch import nn
 
 from kvcache_core.generating import Generating
 from kvcache_core.recompute import RecomputeDecoder
+from kvcache_torch.attached import plain_forward
 from kvcache_torch.cache import KVCache
 from kvcache_torch.context import local
-from kvcache_torch.driver import device_of, plain_forward
+from kvcache_torch.driver import device_of
 from kvcache_torch.recompute import recompute, recompute_scores
 
 __all__ = ["generate", "score", "stream"]

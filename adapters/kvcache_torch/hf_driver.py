@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kvcache_core.errors import CacheFull, InvalidInput, UsageError
+from kvcache_torch.attached import AttachedForward
 from kvcache_torch.attention import select_outputs
 from kvcache_torch.context import local
-from kvcache_torch.driver import AttachedForward, device_of, logits_of
+from kvcache_torch.driver import device_of, logits_of
 from kvcache_torch.hf import HFCache, Refused, close_abandoned
 from kvcache_torch.hf_calls import named, reason_to_refuse, wants_gradient, with_mask
 from kvcache_torch.hf_cross import Source, digests_of

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from kvcache_torch.driver import AttachedForward
+from kvcache_torch.attached import AttachedForward
 from kvcache_torch.hf_rows import Columns
 
 __all__ = ["AttachedCriteria", "without_ended"]

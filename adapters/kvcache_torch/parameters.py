@@ -15,7 +15,7 @@ from kvcache_core.errors import InvalidInput, InvalidType, UsageError
 from kvcache_core.parameters import ParameterFrontend
 from kvcache_core.sources import ModelTensor, ModelUnit, Source
 from kvcache_core.weightfile import WeightFile, write_weights
-from kvcache_torch.driver import AttachedForward
+from kvcache_torch.attached import AttachedForward
 from kvcache_torch.fingerprint import SOURCE
 
 __all__ = ["ParameterCache", "persistent", "values_of"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kvcache_core.described import Unclear, add_text, describe
 from kvcache_core.errors import InvalidType
-from kvcache_torch.driver import AttachedForward
+from kvcache_torch.attached import AttachedForward
 
 __all__ = ["RowReader", "export_row", "module_identity"]
 
