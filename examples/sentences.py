@@ -8,7 +8,7 @@ from pydoc_data.topics import topics
 def distinct(count: int) -> list[str]:
     """So many different English sentences of 6 to 40 words."""
     text = re.sub(r"\s+", " ", " ".join(topics[name] for name in sorted(topics)))
-    found = re.findall(r"(?<=[.!?] )[A-Z][A-Za-z ,'\"()-]{30,240}[.!?](?= )", text)
+    found = re.findall(r"(?<=[.!?] )[A-Z][A-Za-z0-9 ,;:'\"()\[\]/*_`=-]{30,240}[.!?](?= )", text)
     chosen = list(dict.fromkeys(one for one in found if 6 <= len(one.split()) <= 40))
     if len(chosen) < count:
         raise ValueError(f"the reference has {len(chosen)} such sentences, {count} were asked for")

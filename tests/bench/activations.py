@@ -31,4 +31,4 @@ def weights_check(runs: int, cache: Any, decode: Callable[[Any, int], object], s
 
     samples = alternate({"ours": look, _STEP: step}, 2 * runs, "look at the weights")
     seq.close()
-    return Row.of("a look at SmolLM2's weights", "ms", samples, target=(_STEP, _CHECK_TARGET))
+    return Row.of("a look at SmolLM2's weights", "ms", samples, targets={_STEP: _CHECK_TARGET})

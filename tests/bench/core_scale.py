@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 from measure import Row, Spread, Table
@@ -15,7 +14,6 @@ from kvcache_core import BlockCache
 BLOCK_SIZE = 16
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 HEAD_BLOCKS, OWN_BLOCKS, NEW_TOKENS = 32, 32, 64
-CHART = Path(__file__).resolve().parents[2] / "out" / "bench" / "core_scale.svg"
 
 
 class Load:
@@ -83,31 +81,8 @@ class Strangers:
         return (time.thread_time_ns() - start) / count / 1e3
 
 
-def draw(rows: list[Row]) -> None:
-    """The chart: flat lines are what was promised."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    axes.plot(
-        SIZES[: len(rows)], [row.ours.median for row in rows], "o-", label="prompt of 64 blocks, 32 of them cached (µs)"
-    )
-    short = [row.extra["µs/one-block prompt"] for row in rows]
-    axes.plot(SIZES[: len(rows)], short, "^-", label="prompt of one block, none alike (µs)")
-    appends = [row.extra["ns/append"] / 1e3 for row in rows]
-    axes.plot(SIZES[: len(rows)], appends, "s-", label="append, a new block every 16 (µs)")
-    axes.set(xscale="log", yscale="log", xlabel="blocks in the pool, full", ylabel="µs", ylim=(0.1, 2000))
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    CHART.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(CHART)
-    plt.close(figure)
-
-
 def main(*, quick: bool = False) -> Table:
-    """Each pool size; the chart goes to `out/bench/core_scale.svg`."""
+    """Each pool size."""
     rows = []
     for size in SIZES[:-1] if quick else SIZES:
         load = Load(size)
@@ -119,17 +94,17 @@ def main(*, quick: bool = False) -> Table:
         short = [strangers.run(200) for _ in range(5 if quick else 9)]
         row = Row(f"pool of {size:,} blocks", "µs/prompt", Spread.of(prompt for prompt, _ in found))
         row.extra = {
+            "blocks": size,
             "ns/append": statistics.median(append for _, append in found),
             "µs/one-block prompt": statistics.median(short),
             "ms to make the pool": load.build_ms,
         }
         rows.append(row)
-    draw(rows)
     text = [
         f"A full pool that evicts for every request. A prompt of {HEAD_BLOCKS + OWN_BLOCKS} blocks of {BLOCK_SIZE} "
         f"tokens, {HEAD_BLOCKS} of them cached: open, plan, commit, close; then {NEW_TOKENS} appends, of which every "
         "sixteenth takes a new block. One-block prompts have nothing in common: all are children of one node, as many "
-        "as the pool has blocks. Processor time. The run draws `out/bench/core_scale.svg`.",
+        "as the pool has blocks. Processor time. The chart is `core_scale.svg` beside this page.",
         "About once in as many releases as the pool has blocks the LRU queue is written anew; in a pool of a million "
         "blocks a run that meets this is the upper end of the range.",
     ]

@@ -223,7 +223,7 @@ def serving(runs: int, count: int, pool: int, *, batched: bool) -> Row:
     for peer, (best, other) in PEERS.items():
         row.peers[peer] = Spread((best + other) / 2, best, other, 2)
         row.ratios[peer] = Spread(row.ours.median / best, row.ours.low / best, row.ours.high / best, row.ours.runs)
-    row.target_peer, row.target = FASTEST, TARGET
+    row.targets = {FASTEST: TARGET}
     return row
 
 

@@ -43,4 +43,4 @@ def _case(rows: int, length: int, shared: int, target: float, *, runs: int) -> R
     pasts.clear()
     cache.detach()
     case = f"{rows} x {length:,} tokens" + (f", {shared:,} shared" if shared else "")
-    return Row.of(case, "ms", samples, target=(THEIRS, target))
+    return Row.of(case, "ms", samples, targets={THEIRS: target})

@@ -36,7 +36,7 @@ def main(*, quick: bool = False) -> Table:
     }
     cache.detach()
     samples = {name: [size / 1e6] for name, size in found.items()}
-    row = Row.of(f"{ROWS} rows of {SHORTEST} to {LONGEST:,} tokens", "MB", samples, target=(LIVE, 1.06))
+    row = Row.of(f"{ROWS} rows of {SHORTEST} to {LONGEST:,} tokens", "MB", samples, targets={LIVE: 1.06})
     text = [
         "Bytes allocated for K and V, null block included. `DynamicCache` pads every row to the longest (and holds a "
         "layer twice for a moment in each step, not counted); `StaticCache` is made for the longest that may come. "

@@ -66,7 +66,7 @@ def encoder(runs: int, count: int) -> Row:
 
     samples = alternate({"ours": lambda: run("ours"), PLAIN: lambda: run(PLAIN)}, runs, "MiniLM", warm_up=0)
     np.testing.assert_allclose(found["ours"], found[PLAIN], rtol=0, atol=1e-5)
-    return Row.of(f"MiniLM, {count:,} sentences", "s", samples, target=(PLAIN, TEXT_TARGET))
+    return Row.of(f"MiniLM, {count:,} sentences", "s", samples, targets={PLAIN: TEXT_TARGET})
 
 
 def training(runs: int) -> Row:
@@ -91,7 +91,7 @@ def training(runs: int) -> Row:
 
     samples = alternate({"ours": lambda: run("ours"), PLAIN: lambda: run(PLAIN)}, runs, "frozen CNN", warm_up=0)
     np.testing.assert_allclose(losses["ours"], losses[PLAIN], rtol=1e-3, atol=1e-4)
-    return Row.of(f"frozen CNN, new head, {EPOCHS} epochs", "s", samples, target=(PLAIN, TRAIN_TARGET))
+    return Row.of(f"frozen CNN, new head, {EPOCHS} epochs", "s", samples, targets={PLAIN: TRAIN_TARGET})
 
 
 def bypass(runs: int) -> Row:
@@ -116,7 +116,7 @@ def bypass(runs: int) -> Row:
             return 1e6 * (time.perf_counter() - start) / CALLS
 
     samples = alternate({"ours": lambda: run(model), PLAIN: lambda: run(plain)}, 3 * runs, "two-layer MLP")
-    return Row.of("two-layer MLP, bypassed", "us", samples, target=(PLAIN, BYPASS_TARGET))
+    return Row.of("two-layer MLP, bypassed", "us", samples, targets={PLAIN: BYPASS_TARGET})
 
 
 def look(runs: int) -> Row:

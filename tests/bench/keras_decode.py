@@ -66,7 +66,7 @@ def decode(ours: Ours, hub: KerasHub, context: int, runs: int) -> Row:
 
     candidates = {"ours": lambda: ours.decode(tokens, STEPS)[0] * 1e3, HUB: theirs}
     samples = alternate(candidates, runs, f"Keras decode at {context:,}")
-    return Row.of(f"decode at {context:,} tokens", "ms/step", samples, target=(HUB, TARGET))
+    return Row.of(f"decode at {context:,} tokens", "ms/step", samples, targets={HUB: TARGET})
 
 
 def second_request(ours: Ours, runs: int) -> Row:
@@ -88,7 +88,7 @@ def second_request(ours: Ours, runs: int) -> Row:
         return ours.first_token([*shared, *prompt(OWN, seed=next(seeds))]) * 1e3
 
     samples = alternate({"ours": request, ALONE: alone}, runs, "Keras, second request")
-    return Row.of(f"{SHARED:,} shared + {OWN} own tokens", "ms to first token", samples, target=(ALONE, TARGET_PREFIX))
+    return Row.of(f"{SHARED:,} shared + {OWN} own tokens", "ms to first token", samples, targets={ALONE: TARGET_PREFIX})
 
 
 def main(*, quick: bool = False) -> Table:

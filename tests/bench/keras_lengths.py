@@ -33,7 +33,7 @@ def new_lengths(ours: Ours, hub: KerasHub, runs: int) -> Row:
 
     candidates = {"ours": lambda: ours.first_token(next_prompt("ours")), HUB: shipped, HUB_PADDED: padded}
     samples = alternate(candidates, runs, "Keras, new prompt lengths", warm_up=0)
-    return Row.of("first call at a new length", "s to first token", samples, target=(HUB, TARGET))
+    return Row.of("first call at a new length", "s to first token", samples, targets={HUB: TARGET})
 
 
 def main(*, quick: bool = False) -> Table:

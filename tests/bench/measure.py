@@ -41,7 +41,7 @@ class Row:
     """One case: our time, each peer's, and how they compare.
 
     `ratios` are ours / peer, run by run: neighbouring runs share whatever else the machine was doing.
-    `target` is the most that the ratio to `target_peer` may be.
+    `targets` are the most that the ratio to a peer may be.
     """
 
     case: str
@@ -49,8 +49,7 @@ class Row:
     ours: Spread
     peers: dict[str, Spread] = field(default_factory=dict)
     ratios: dict[str, Spread] = field(default_factory=dict)
-    target_peer: str | None = None
-    target: float | None = None
+    targets: dict[str, float] = field(default_factory=dict)
     extra: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -60,7 +59,7 @@ class Row:
         unit: str,
         samples: dict[str, list[float]],
         *,
-        target: tuple[str, float] | None = None,
+        targets: dict[str, float] | None = None,
         extra: dict[str, float] | None = None,
     ) -> Row:
         """A row from `samples` (name -> one value per run, `"ours"` among them)."""
@@ -75,7 +74,7 @@ class Row:
                 name: Spread.of(mine / theirs for mine, theirs in zip(ours, values, strict=True))
                 for name, values in peers.items()
             },
-            *(target or (None, None)),
+            targets or {},
             extra or {},
         )
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
+
+from chart import draw
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "docs" / "performance.json"
@@ -47,16 +50,17 @@ torch_decode"` makes one table, `--quick` is shorter, `--publish` rewrites this 
 Figures are medians over the runs, with the lowest and highest in brackets. Ours and the peers take turns in one
 process, so that whatever else the machine does hits all alike. A ratio is ours / peer, taken run by run: below 1 we
 are faster. The model is SmolLM2-135M-Instruct in float32.
+
+![Every target and what was measured](performance.svg)
 """
 
 
 def number(value: float) -> str:
     """Three significant digits, no exponent."""
-    if 0 < abs(value) < 0.01:
-        return f"{value:.6f}"
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
+    if value == 0:
+        return "0"
+    decimals = 2 - math.floor(math.log10(abs(value)))
+    return f"{value:,.{min(max(decimals, 0), 6)}f}"
 
 
 def spread(found: dict[str, Any]) -> str:
@@ -64,13 +68,12 @@ def spread(found: dict[str, Any]) -> str:
     return f"{number(found['median'])} [{number(found['low'])}-{number(found['high'])}]"
 
 
-def verdict(row: dict[str, Any]) -> str:
-    """Whether the target is met, and by how much not."""
-    if row["target"] is None:
+def verdict(row: dict[str, Any], peer: str) -> str:
+    """Whether the target against a peer is met; nothing if there is none."""
+    if peer not in row["targets"]:
         return ""
-    ratio = row["ratios"][row["target_peer"]]["median"]
-    bound = f"≤ {row['target']:.2f} x {row['target_peer']}"
-    return f"{bound}: {'met' if ratio <= row['target'] else '**missed**'} ({ratio:.2f})"
+    target, ratio = row["targets"][peer], row["ratios"][peer]["median"]
+    return f"target ≤ {target:.3g} {'met' if ratio <= target else '**missed**'} ({ratio:.3f})"
 
 
 def losses(tables: list[dict[str, Any]]) -> list[str]:
@@ -79,10 +82,10 @@ def losses(tables: list[dict[str, Any]]) -> list[str]:
     for table in tables:
         for row in table["rows"]:
             for peer, ratio in row["ratios"].items():
-                if ratio["median"] > 1.005:
-                    lines.append(f"- {table['title']}, {row['case']}: {ratio['median']:.2f} x {peer}.")
-            if "missed" in verdict(row):
-                lines.append(f"- {table['title']}, {row['case']}: target {verdict(row)}.")
+                said = verdict(row, peer)
+                if ratio["median"] > 1.005 or "missed" in said:
+                    line = f"- {table['title']}, {row['case']}: {number(ratio['median'])} x {peer}"
+                    lines.append(f"{line}; {said}." if said else f"{line}.")
     return lines
 
 
@@ -116,18 +119,23 @@ def circumstances(measured: dict[str, Any]) -> str:
 
 
 def footnote(row: dict[str, Any]) -> str:
-    """A row's target, its number of runs and what else was counted."""
-    said = [f"target {verdict(row)}"] if row["target"] else []
+    """A row's targets, its number of runs and what else was counted."""
+    said = [f"{peer}: {verdict(row, peer)}" for peer in row["targets"]]
     said.append(f"{row['ours']['runs']} runs")
     said += [f"{name} {number(value)}" for name, value in row["extra"].items()]
     return f"- {row['case']}: {'; '.join(said)}."
+
+
+def in_order(tables: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As the page shows them."""
+    return sorted(tables, key=lambda table: ORDER.index(table["name"]))
 
 
 def page(result: dict[str, Any]) -> str:
     """The whole page."""
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    tables = sorted(result["tables"], key=lambda table: ORDER.index(table["name"]))
+    tables = in_order(result["tables"])
     lines = [HEAD]
     lines.append(
         f"Machine: {machine['cores']} cores ({machine['cpu']}), {machine['memory_gib']} GiB, {machine['system']}, "
@@ -143,8 +151,10 @@ def page(result: dict[str, Any]) -> str:
 
 
 def main(source: Path = COMMITTED) -> None:
-    """Write the page from the JSON."""
-    PAGE.write_text(page(json.loads(source.read_text())), encoding="utf-8")
+    """Write the page and its charts from the JSON."""
+    result = json.loads(source.read_text())
+    PAGE.write_text(page(result), encoding="utf-8")
+    draw(in_order(result["tables"]), PAGE.parent)
     print(f"wrote {PAGE.relative_to(ROOT)}")
 
 

@@ -21,6 +21,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "adapters"), str(ROOT / "examples")]
 
 import report  # noqa: E402
+from chart import draw  # noqa: E402
 from measure import CLOCK, describe_machine  # noqa: E402
 
 NAMES = report.ORDER
@@ -33,7 +34,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--only", choices=NAMES, action="append", help="this benchmark alone; may be repeated")
     parser.add_argument("--quick", action="store_true", help="fewer runs")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench", help="folder for the JSON files")
-    parser.add_argument("--publish", action="store_true", help="rewrite docs/performance.json and docs/performance.md")
+    parser.add_argument("--publish", action="store_true", help="rewrite docs/performance.* and the charts")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of both frameworks")
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="of the PyTorch tables")
     parser.add_argument("--worker", choices=NAMES, help=argparse.SUPPRESS)
@@ -60,10 +61,10 @@ def show(console: Console, table: dict[str, Any]) -> None:
     screen = Screen("case", "who", "median [range]", "ours / peer", "target", title=table["title"])
     for row in table["rows"]:
         extra = ", ".join(f"{name} {report.number(value)}" for name, value in row["extra"].items())
-        verdict = report.verdict(row).replace("**", "")
-        screen.add_row(row["case"], "ours", f"{report.spread(row['ours'])} {row['unit']}", extra, verdict)
+        screen.add_row(row["case"], "ours", f"{report.spread(row['ours'])} {row['unit']}", extra, "")
         for peer, found in row["peers"].items():
-            screen.add_row("", peer, report.spread(found), report.spread(row["ratios"][peer]), "")
+            verdict = report.verdict(row, peer).replace("**", "")
+            screen.add_row("", peer, report.spread(found), report.spread(row["ratios"][peer]), verdict)
     console.print(screen)
 
 
@@ -97,7 +98,8 @@ def main() -> int:
     finished = [name for name in names if name not in failed]
     result = gather(finished, chosen.out)
     (chosen.out / "performance.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-    console.print(f"results: {chosen.out}/performance.json")
+    draw(report.in_order(result["tables"]), chosen.out)
+    console.print(f"results: {chosen.out}/performance.json and charts")
     if failed:
         console.print(f"[red]failed: {', '.join(failed)}")
     elif chosen.publish:

@@ -27,13 +27,13 @@ def main(*, quick: bool = False) -> Table:
     decode = {name: _decode(model, cache, seeds) for name, cache in caches.items()}
     rows = [
         Row.of(
-            f"prompt of {TOKENS} tokens", "ms", alternate(prefill, runs, "demoting, prompt"), target=(WITHOUT, TARGET)
+            f"prompt of {TOKENS} tokens", "ms", alternate(prefill, runs, "demoting, prompt"), targets={WITHOUT: TARGET}
         ),
         Row.of(
             "decode step, 64 of them",
             "ms a step",
             alternate(decode, runs, "demoting, decode"),
-            target=(WITHOUT, TARGET),
+            targets={WITHOUT: TARGET},
         ),
     ]
     stats = caches["ours"].stats()

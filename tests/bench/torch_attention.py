@@ -73,10 +73,7 @@ def main(*, quick: bool = False) -> Table:
         "attention over a shared prefix",
     )
     case = f"{ROWS} rows x {LENGTH:,} tokens, {SHARED:,} of them shared"
-    rows = [
-        Row.of(case, "ms/layer", samples, target=(HAND, 0.5)),
-        Row.of(f"{case}, the same runs", "ms/layer", samples, target=(CONCATENATED, 0.25)),
-    ]
+    rows = [Row.of(case, "ms/layer", samples, targets={HAND: 0.5, CONCATENATED: 0.25})]
     text = [
         f"{HEADS} query and {KV_HEADS} K/V heads of {SIZE}, one new token per row, in turn through {LAYERS} layers of "
         "different K/V. Ours writes the new K/V, plans the step and attends; found from the block tables alone.",

@@ -6,6 +6,7 @@ import copy
 import logging
 import time
 import warnings
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -93,9 +94,10 @@ class Work:
         self.answers[CONTINUOUS] = [list(row.generated_tokens) for row in found.values()]
         return took
 
-    def agreement(self, peer: str) -> dict[str, float]:
-        """Share of tokens in which the peer chose what ours did: rounding can turn a near tie."""
-        return {"share of equal tokens": float((np.array(self.answers["ours"]) == np.array(self.answers[peer])).mean())}
+    def agreement(self, peers: Iterable[str]) -> dict[str, float]:
+        """Share of tokens in which a peer chose what ours did: rounding can turn a near tie."""
+        ours = np.array(self.answers["ours"])
+        return {f"tokens equal to those of {peer}": float((ours == self.answers[peer]).mean()) for peer in peers}
 
 
 def greedy(model: LlamaForCausalLM, new: int = NEW) -> dict[str, object]:
@@ -112,13 +114,12 @@ def main(*, quick: bool = False) -> Table:
     candidates = {"cold": work.cold, "warm": work.warm, BY_HAND: work.by_hand, NO_REUSE: work.no_reuse}
     samples = alternate(candidates, runs, "8 prompts", warm_up=1)
     rows = [
-        row("cold", samples, BY_HAND, 0.68, work),
-        row("cold", samples, NO_REUSE, 0.15, work),
-        row("warm", samples, NO_REUSE, 0.06, work),
+        row("cold", samples, {BY_HAND: 0.68, NO_REUSE: 0.15}, work),
+        row("warm", samples, {NO_REUSE: 0.06}, work),
     ]
     if not quick:
         once = alternate({"cold": work.cold, CONTINUOUS: work.continuous}, 1, "8 prompts, once", warm_up=0)
-        rows.append(row("cold", once, CONTINUOUS, 0.1, work))
+        rows.append(row("cold", once, {CONTINUOUS: 0.1}, work, note=", once"))
     text = [
         f"{PROMPTS} prompts that share {SHARED:,} tokens and have {OWN} of their own, {NEW} new tokens each, greedy. "
         "Ours: the example model and `kvcache_torch.generate` after `cache.compile()`, the prefix computed once, then "
@@ -127,7 +128,7 @@ def main(*, quick: bool = False) -> Table:
     return Table("torch_batch", "PyTorch: 8 prompts behind one prefix", text, rows)
 
 
-def row(case: str, samples: dict[str, list[float]], peer: str, target: float, work: Work) -> Row:
-    """One case against one peer."""
-    sides = {"ours": samples[case], peer: samples[peer]}
-    return Row.of(f"{case}, against {peer}", "s", sides, target=(peer, target), extra=work.agreement(peer))
+def row(case: str, samples: dict[str, list[float]], targets: dict[str, float], work: Work, note: str = "") -> Row:
+    """One case against the peers that have a target."""
+    sides = {"ours": samples[case], **{peer: samples[peer] for peer in targets}}
+    return Row.of(case + note, "s", sides, targets=targets, extra=work.agreement(targets))

@@ -58,5 +58,5 @@ def main(*, quick: bool = False) -> Table:
         "torch_memory",
         "PyTorch: decode step, memory-bound",
         text,
-        [Row.of(case, "ms/step", samples, target=(FLOOR, 1.4))],
+        [Row.of(case, "ms/step", samples, targets={FLOOR: 1.4})],
     )

@@ -67,7 +67,7 @@ def main(*, quick: bool = False) -> Table:
     if len(set(first_tokens.values())) > 1 or min(reused) < SHARED:
         raise AssertionError(f"chose {first_tokens}, reused {min(reused)} of {SHARED} tokens")
     case = f"{SHARED:,} shared + {OWN} own tokens"
-    row = Row.of(case, "ms to first token", samples, target=(ALONE, TARGET))
+    row = Row.of(case, "ms to first token", samples, targets={ALONE: TARGET})
     text = [
         f"A request with {OWN} tokens of its own behind {SHARED:,} that another request computed: open, plan, model, "
         f"commit, choose. Compared with those {OWN} tokens on a hand-written cache that holds the {SHARED:,} already.",

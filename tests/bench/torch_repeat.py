@@ -55,8 +55,8 @@ def main(*, quick: bool = False) -> Table:
     )
     mine = {"ours": samples[transparently], COLD: samples[COLD]}
     rows = [
-        Row.of(f"{LENGTH:,} tokens again", "ms to first token", samples, target=(COLD, 0.012)),
-        Row.of(f"{LENGTH:,} tokens again, {transparently}", "ms", mine, target=(COLD, 0.012)),
+        Row.of(f"{LENGTH:,} tokens again", "ms to first token", samples, targets={COLD: 0.012}),
+        Row.of(f"{LENGTH:,} tokens again, {transparently}", "ms", mine, targets={COLD: 0.012}),
     ]
     text = ["Open, plan, model, commit and choosing the token, after `cache.compile()`, against a cold prompt as long."]
     return Table("torch_repeat", "PyTorch: a prompt that came before", text, rows)

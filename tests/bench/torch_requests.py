@@ -55,7 +55,7 @@ def requests(quick: bool) -> Row:
     samples = alternate({"ours": ours, SEQUENTIAL: sequential}, 1 if quick else 5, "requests")
     equal = np.mean([one == other for one, other in zip(answers["ours"], answers[SEQUENTIAL], strict=True)])
     case = f"{count} requests, prompts of 16 to {longest} tokens, 4 to 32 new tokens"
-    return Row.of(case, "s", samples, target=(SEQUENTIAL, 0.5), extra={"share of equal answers": float(equal)})
+    return Row.of(case, "s", samples, targets={SEQUENTIAL: 0.5}, extra={"share of equal answers": float(equal)})
 
 
 def chunks(quick: bool) -> Row:
@@ -76,7 +76,7 @@ def chunks(quick: bool) -> Row:
     samples = alternate({"ours": lambda: run(chunk), WHOLE: lambda: run(None)}, 3 if quick else 5, "chunks")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     extra = {"peak memory of the process with both, GiB": peak}
-    return Row.of(f"prompt of {length:,} tokens, {chunk:,} at a time", "s", samples, target=(WHOLE, 1.1), extra=extra)
+    return Row.of(f"prompt of {length:,} tokens, {chunk:,} at a time", "s", samples, targets={WHOLE: 1.1}, extra=extra)
 
 
 def drafts(quick: bool) -> Row:
@@ -107,7 +107,7 @@ def drafts(quick: bool) -> Row:
     samples = alternate(candidates, 3 if quick else 5, "drafts")
     if answers["ours"] != answers[PLAIN]:
         raise AssertionError(f"drafts changed the answer: {answers}")
-    return Row.of(f"copying a text, {new} new tokens, speculate=8", "s", samples, target=(PLAIN, 0.6))
+    return Row.of(f"copying a text, {new} new tokens, speculate=8", "s", samples, targets={PLAIN: 0.6})
 
 
 def main(*, quick: bool = False) -> Table:

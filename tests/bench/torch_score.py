@@ -40,7 +40,7 @@ def main(*, quick: bool = False) -> Table:
     samples = alternate({"ours": ours, FULL: without}, 3 if quick else 1, "scoring", warm_up=int(quick))
     largest = max(abs(one - other) for one, other in zip(answers["ours"], answers[FULL], strict=True))
     case = f"{count} questions, 4 answers each"
-    row = Row.of(case, "s", samples, target=(FULL, TARGET), extra={"largest difference x 1,000": largest * 1e3})
+    row = Row.of(case, "s", samples, targets={FULL: TARGET}, extra={"largest difference x 1,000": largest * 1e3})
     text = [
         f"`kvcache_torch.score` on {4 * count} pairs whose prompts share five questions and answers, cold, against the "
         "same without a cache. As `examples/score_torch.py`, which also shows the accuracy.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib
 import json
 import os
@@ -27,3 +28,22 @@ def test_the_clock_is_the_one_that_is_said(name, clock, root, tmp_path, monkeypa
     run.work(name, quick=True, out=tmp_path)
     said = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))["measured"]["clock"]
     assert [said] == seen == [clock]
+
+
+def test_the_page_is_made_from_the_committed_figures(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "tests" / "bench"))
+    report = importlib.import_module("report")
+    assert report.page(json.loads(report.COMMITTED.read_text(encoding="utf-8"))) == report.PAGE.read_text(
+        encoding="utf-8"
+    )
+
+
+def test_the_chart_shows_every_target(root, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "tests" / "bench"))
+    report = importlib.import_module("report")
+    tables = report.in_order(json.loads(report.COMMITTED.read_text(encoding="utf-8"))["tables"])
+    importlib.import_module("chart").draw(tables, tmp_path)
+    chart = (tmp_path / "performance.svg").read_text(encoding="utf-8")
+    wanted = {f"{row['case']} / {peer}" for table in tables for row in table["rows"] for peer in row["targets"]}
+    assert wanted
+    assert not [label for label in wanted if html.escape(label, quote=False) not in chart]
