@@ -4,17 +4,64 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvcache_core.frontend import FrontendCache
 
-__all__ = ["Truth", "Uncached", "distance", "longest", "padded"]
+__all__ = ["REDRAWS", "Errors", "Truth", "Uncached", "distance", "longest", "over_draws", "padded"]
 
 _Array = NDArray[Any]
 _EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+REDRAWS = 12
+
+
+class Errors(NamedTuple):
+    """The largest errors of one draw: of equal mathematics with one rounding.
+
+    Attributes:
+        cached: of the outputs from the cache.
+        uncached: of the model without the cache.
+        slack: allowed whatever ``uncached`` is; invariant 1: 1 ulp of the dtype at the magnitude of the outputs.
+        factor: how many times ``uncached`` is allowed; invariant 1: 1.5.
+    """
+
+    cached: float
+    uncached: float
+    slack: float
+    factor: float = 1.5
+
+    @property
+    def bound(self) -> float:
+        """The largest error allowed."""
+        return self.factor * self.uncached + self.slack
+
+    @property
+    def holds(self) -> bool:
+        """Whether the cached outputs are within the bound; never of NaN."""
+        return self.cached <= self.bound
+
+
+def over_draws(first: Errors, again: Callable[[int], Errors]) -> tuple[Errors, int]:
+    """What counts of a draw: itself if its bound holds, else the means of it and a dozen more.
+
+    The largest error of a few outputs is one draw of their rounding, on both sides; of equal models one is now and
+    then twice the other's. Between the means of many draws of both a cache that rounds worse shows, for it does so
+    in every draw.
+
+    Args:
+        first: the first draw.
+        again: makes draw number 1, 2, ...: the same work with another rounding.
+
+    Returns:
+        The errors, and of how many draws they are the means.
+    """
+    if first.holds:
+        return first, 1
+    draws = [first, *(again(number) for number in range(1, 1 + REDRAWS))]
+    return Errors(*(float(np.mean(numbers)) for numbers in zip(*draws, strict=True))), len(draws)
 
 
 class Uncached:
@@ -48,13 +95,18 @@ class Uncached:
 
 
 class Truth:
-    """The right outputs, how wrong the model itself is without a cache, and the bound that follows.
+    """The right outputs, and how wrong the model itself is without a cache.
 
     Args:
         uncached: runs the model.
         runs: token rows to compute; every head of one has its output in :attr:`outputs`.
         tolerance: the bound, if the caller gave one.
-        random: draws the parts of runs that are computed too.
+        random: draws the parts of runs that are computed too, where there is no wider reference.
+
+    Attributes:
+        outputs: the right output behind each head of each run.
+        own: the largest error of an uncached run.
+        reference: what that is measured against: ``"float64"``, ``"uncached"`` or ``"tolerance"``.
     """
 
     def __init__(
@@ -65,48 +117,33 @@ class Truth:
         magnitude = max(float(np.abs(one).max()) for one in plain)
         self._ulp = 2.0 ** math.floor(math.log2(max(magnitude, 1e-30))) * uncached.epsilon
         # A float64 model has nothing wider to be measured against.
-        self._wide = uncached.wide() if tolerance is None else None
-        if self._wide is None:
-            self.reference = "uncached" if tolerance is None else "tolerance"
-        else:
-            self.reference = "float64"
-        exact = plain if self._wide is None else [self._exact([run])[0] for run in runs]
+        wide = uncached.wide() if tolerance is None else None
+        exact = plain if wide is None else [wide(padded([run]))[0] for run in runs]
         self.outputs = {
             run[:end]: one[end - 1] for run, one in zip(runs, exact, strict=True) for end in range(1, len(run) + 1)
         }
         self.own = max(distance(one, true) for one, true in zip(plain, exact, strict=True))
-        self._draw(runs)
-        for run in runs:
-            self._draw([run[: 1 + int(random.integers(len(run)))]])
-
-    @property
-    def bound(self) -> float:
-        """The largest error allowed."""
-        if self._tolerance is not None:
-            return self._tolerance
-        if self._wide is not None:
-            return 1.5 * self.own + self._ulp
-        return 2.5 * min(self.own, 256 * self._ulp) + 32 * self._ulp
-
-    def draw_again(self, tokens: tuple[int, ...]) -> None:
-        """More uncached runs of one place, in batches of other shapes."""
-        for rows in range(1, 5):
-            for more in range(4):
-                longer = tokens if self._wide is None else (*tokens, *tokens[:more])
-                self._draw([longer] * rows)
-
-    def _draw(self, rows: Sequence[Sequence[int]]) -> None:
-        # Like with like: the same rows on both sides, so that a model that mixes rows or tokens gains nothing.
-        if self._wide is not None:
-            exact = self._exact(rows)
+        if wide is None:
+            self.reference = "uncached" if tolerance is None else "tolerance"
+            self._move(runs)
+            for run in runs:
+                self._move([run[: 1 + int(random.integers(len(run)))]])
         else:
-            exact = [np.stack([self.outputs[tuple(row[:end])] for end in range(1, len(row) + 1)]) for row in rows]
-        for one, true in zip(self._uncached(rows), exact, strict=True):
-            self.own = max(self.own, distance(one, true))
+            self.reference = "float64"
 
-    def _exact(self, rows: Sequence[Sequence[int]]) -> list[_Array]:
-        run = self._wide
-        return [] if run is None else _cut(run(padded(rows)), rows)
+    def errors(self, cached: float) -> Errors:
+        """The bound for ``cached``, the largest error of the outputs from the cache."""
+        if self._tolerance is not None:
+            return Errors(cached, self.own, self._tolerance, 0.0)
+        if self.reference == "float64":
+            return Errors(cached, self.own, self._ulp)
+        return Errors(cached, min(self.own, 256 * self._ulp), 32 * self._ulp, 2.5)
+
+    def _move(self, rows: Sequence[Sequence[int]]) -> None:
+        """How far uncached outputs move when the rows are computed as this batch."""
+        for row, one in zip(rows, self._uncached(rows), strict=True):
+            before = np.stack([self.outputs[tuple(row[:end])] for end in range(1, len(row) + 1)])
+            self.own = max(self.own, distance(one, before))
 
 
 def padded(rows: Sequence[Sequence[int]]) -> _Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,61 +15,12 @@ from kvcache_core.errors import InvalidInput
 from kvcache_core.frontend import FrontendCache
 from kvcache_core.generation import generate_tokens
 from kvcache_core.options import GenerateOptions
-from kvcache_core.testing_bound import Truth, Uncached, distance, longest, padded
+from kvcache_core.testing_bound import Errors, Truth, Uncached, distance, longest, padded
+from kvcache_core.testing_report import HINTS, CacheReport, Record, errors_of, judge
 
-__all__ = ["CacheReport", "Kit"]
+__all__ = ["Kit"]
 
 _Array = NDArray[Any]
-
-_HINTS = {
-    "repeated": "two equal calls outside the cache differ: the model keeps state between calls or is random "
-    "(call model.eval() before)",
-    "causal": "outside the cache, an output depends on later tokens: something besides attention mixes tokens "
-    "(a mean or a convolution over T, a normalisation over the sequence)",
-    "batch": "outside the cache, a row's output depends on the other rows: batch statistics, or state kept per batch",
-    "cold": "nothing was reused yet: attention() is called with other arguments inside `with cache:` than outside, "
-    "or the model's rows are not independent",
-    "warm": "reused tokens change the result: the model does not take its positions from positions(), mixes tokens "
-    "outside attention(), or gives a layer another layer= number from call to call",
-    "steps": "tokens computed in parts change the result: the model does not take its positions from positions(), "
-    "mixes tokens outside attention(), or gives a layer another layer= number from call to call",
-    "fork": "two continuations of one past disturb each other: the model keeps state of its own besides the cache",
-    "truncate": "forgotten tokens still act: the model keeps state of its own besides the cache",
-    "greedy": "generation goes another way: compare the steps above; if only this fails, the model keeps state "
-    "between calls",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class CacheReport:
-    """What :func:`assert_cached_equals_recompute` has seen.
-
-    Attributes:
-        compared: outputs compared, per kind of check.
-        error: the largest error of a cached output.
-        bound: what was allowed.
-        uncached_error: the largest error of the model without the cache (or, without a float64 reference,
-            how far its outputs move when the same rows are computed in another batch).
-        reference: ``"float64"``, ``"uncached"`` or ``"tolerance"``: what the errors were measured against.
-        reused_tokens: tokens that were not computed again.
-    """
-
-    compared: dict[str, int]
-    error: float
-    bound: float
-    uncached_error: float
-    reference: str
-    reused_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """One output [..., V] behind ``tokens``, and where it was seen."""
-
-    kind: str
-    place: str
-    tokens: tuple[int, ...]
-    output: _Array
 
 
 @dataclass
@@ -79,7 +30,7 @@ class Kit:
     Attributes:
         model: attached to ``cache``.
         cache: what serves it.
-        random: draws tokens, splits and lengths.
+        seed: of the tokens, splits and lengths that are drawn.
         ids: the vocabulary that tokens are drawn from.
         max_length: tokens of a sequence at most.
         records: every cached output so far.
@@ -87,14 +38,16 @@ class Kit:
 
     model: Any
     cache: FrontendCache
-    random: np.random.Generator
+    seed: int
     ids: list[int]
     max_length: int
-    records: list[_Record] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
     uncached: Uncached = field(init=False)
+    random: np.random.Generator = field(init=False)
 
     def __post_init__(self) -> None:
         self.uncached = Uncached(self.model, self.cache)
+        self.random = np.random.default_rng(self.seed)
 
     def run(self, prompts: list[list[int]], max_new_tokens: int, rounds: int, tolerance: float | None) -> CacheReport:
         """Everything that :func:`~kvcache_core.testing.assert_cached_equals_recompute` checks.
@@ -110,21 +63,33 @@ class Kit:
                 f"max_length must be at least max_new_tokens + 8 and leave room for every prompt; got "
                 f"max_length={self.max_length}, max_new_tokens={max_new_tokens}, prompts of {sizes} tokens"
             )
-        text = self._draw(room)
-        rows = [text, text[: room // 2] + self._draw(room // 3), self._draw(1), text[: room // 3], *prompts]
-        self._check_room(len(rows))
+        self._check_room(4 + len(prompts))
         before = self.cache.core.stats().hit_tokens
+        rows = self._rows(prompts, room)
         self._plain(rows)
-        self._calls(rows)
-        for at in range(rounds):
-            self._steps(rows, f"round {at}")
-            self._fork_and_truncate(text, f"round {at}")
-        bound, report = self._compare(tolerance, before)
+        self._play(rows, rounds)
+        truth = self._truth(tolerance)
+        reused = self.cache.stats().hit_tokens - before
+        again = None if tolerance is not None else lambda number: self._renamed(number, prompts, room, rounds)
+        report = judge(self.records, truth, reused, again)
         if self.cache.spec is not None and len(self.cache.spec.output_shape) == 1:
-            self._greedy(rows, max_new_tokens, bound)
+            self._greedy(rows, max_new_tokens, report.bound)
         return report
 
     # ---- what is run ---------------------------------------------------------------------------
+
+    def _rows(self, prompts: list[list[int]], room: int) -> list[list[int]]:
+        """The tokens that all is run with: the first two rows and the fourth share a head."""
+        text = self._draw(room)
+        return [text, text[: room // 2] + self._draw(room // 3), self._draw(1), text[: room // 3], *prompts]
+
+    def _play(self, rows: list[list[int]], rounds: int) -> None:
+        """Everything from the cache; nothing that was cached before is used."""
+        self.cache.salt = b"kvcache_core.testing " + os.urandom(16)
+        self._calls(rows)
+        for at in range(rounds):
+            self._steps(rows, f"round {at}")
+            self._fork_and_truncate(rows[0], f"round {at}")
 
     def _plain(self, rows: list[list[int]]) -> None:
         """The model alone: repeatable, causal, rows independent. A break of half the digits is no rounding."""
@@ -140,7 +105,7 @@ class Kit:
         ):
             error = distance(one, other)
             if not error <= coarse:
-                raise AssertionError(f"the model cannot be cached: outputs differ by {error:.3g}; {_HINTS[kind]}")
+                raise AssertionError(f"the model cannot be cached: outputs differ by {error:.3g}; {HINTS[kind]}")
 
     def _calls(self, rows: list[list[int]]) -> None:
         """``model(x)`` inside ``with cache:``."""
@@ -236,38 +201,26 @@ class Kit:
                 if not gap <= 2 * bound:
                     raise AssertionError(
                         f"greedy generation ({place}), row {at}, new token {step}: {own[step]} with the cache, "
-                        f"{plain[step]} without, and their logits are {gap:.3g} apart; {_HINTS['greedy']}"
+                        f"{plain[step]} without, and their logits are {gap:.3g} apart; {HINTS['greedy']}"
                     )
 
     # ---- comparing -----------------------------------------------------------------------------
 
-    def _compare(self, tolerance: float | None, hits_before: int) -> tuple[float, CacheReport]:
-        """Every output against full computation; returns the bound too, for comparing generated tokens."""
-        truth = Truth(self.uncached, longest({record.tokens for record in self.records}), tolerance, self.random)
-        errors = [distance(record.output, truth.outputs[record.tokens]) for record in self.records]
-        order = sorted(range(len(errors)), key=lambda at: -errors[at] if errors[at] == errors[at] else -math.inf)
-        worst = self.records[order[0]]
-        for at in order[:3]:
-            # One run's own error is one draw of its rounding, and can be small by luck at just this place.
-            if tolerance is None and truth.bound < errors[at] < 16 * truth.bound:
-                truth.draw_again(self.records[at].tokens)
-        failed = [at for at in order if not errors[at] <= truth.bound]
-        if failed:
-            # The simplest kind of check that fails says most about the cause.
-            at = min(failed, key=lambda at: list(_HINTS).index(self.records[at].kind))
-            record = self.records[at]
-            raise AssertionError(
-                f"{record.place}: the output behind {len(record.tokens)} tokens is off by {errors[at]:.3g}, allowed "
-                f"are {truth.bound:.3g} (measured against: {truth.reference}; uncached runs: {truth.own:.3g}); the "
-                f"largest error of all is {errors[order[0]]:.3g} in {worst.place}. Probably {_HINTS[record.kind]}"
-            )
-        compared = Counter(record.kind for record in self.records)
-        reused = self.cache.stats().hit_tokens - hits_before
-        error = errors[order[0]]
-        return truth.bound, CacheReport(dict(compared), error, truth.bound, truth.own, truth.reference, reused)
+    def _truth(self, tolerance: float | None) -> Truth:
+        runs = longest({record.tokens for record in self.records})
+        return Truth(self.uncached, runs, tolerance, self.random)
+
+    def _renamed(self, number: int, prompts: list[list[int]], room: int, rounds: int) -> Errors:
+        """The same work with the tokens renamed: the same shapes and shared heads, another rounding."""
+        names = np.random.default_rng((self.seed, number)).permutation(self.ids).tolist()
+        rename = dict(zip(self.ids, names, strict=True))
+        kit = Kit(self.model, self.cache, self.seed, names, self.max_length)
+        kit._play(kit._rows([[rename.get(token, token) for token in prompt] for prompt in prompts], room), rounds)
+        truth = kit._truth(None)
+        return truth.errors(float(np.max(errors_of(kit.records, truth))))
 
     def _record(self, kind: str, place: str, tokens: list[int], output: Any) -> None:
-        self.records.append(_Record(kind, place, tuple(tokens), np.asarray(output, np.float64)))
+        self.records.append(Record(kind, place, tuple(tokens), np.asarray(output, np.float64)))
 
     def _draw(self, count: int) -> list[int]:
         return [self.ids[at] for at in self.random.integers(0, len(self.ids), count)]

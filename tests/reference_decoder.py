@@ -48,11 +48,9 @@ are float32 arrays whose values bfloat16 holds exactly. The n-th convolution has
 
 The bound (invariant 1): over all outputs of a script, the error against a wide reference is no larger than
 the uncached run's own error times 1.5 plus one ulp of the dtype at the magnitude of the outputs.
-The reference is float64 or wider: numpy's longdouble. The largest error of a few outputs is one draw of their
-rounding, on both sides; of equal models one is now and then twice the other's. So where the bound is passed, the
-script is run again with the hidden units permuted (same mathematics, other rounding), a dozen times, and the bound
-must hold between the means of all draws. A single draw may so be further off than the bound, a cache may not: one
-that rounds worse does so in every draw, and a wrong value is off by orders of magnitude more.
+The reference is float64 or wider: numpy's longdouble. Where the bound is passed, the script is run again with the
+hidden units permuted (same mathematics, other rounding), a dozen times, and the bound must hold between the means of
+all draws (:func:`kvcache_core.testing_bound.over_draws` says why).
 """
 
 from __future__ import annotations
@@ -60,7 +58,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from hypothesis import event
@@ -72,6 +70,7 @@ from kvcache_core.attention import attend, cached_attention
 from kvcache_core.convolution import causal_conv1d, context_rows, with_context
 from kvcache_core.quantization import decode, encode
 from kvcache_core.store import NumpyStore
+from kvcache_core.testing_bound import Errors, over_draws
 
 __all__ = [
     "Backend",
@@ -90,7 +89,6 @@ __all__ = [
 
 Weights = Mapping[str, Any]
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-REDRAWS = 12
 WIDER = bool(np.finfo(np.longdouble).eps < EPSILON["float64"])
 FLOAT64_FALLBACK_ULPS = 256
 """Allowed between cached and uncached float64 where numpy has nothing wider to be the reference."""
@@ -628,16 +626,17 @@ class Driver:
 
     def check_outputs(self, script: Script) -> None:
         """Invariant 1 over every output of the script."""
-        draws = [self._errors()]
-        if not draws[0].holds:
-            for number in range(REDRAWS):
-                again = Driver(self.config, self.make, self.max_open, _permuted(self.config, self.weights, number))
-                again.play(script)
-                draws.append(again._errors())
-        mean = Errors(*(float(np.mean(numbers)) for numbers in zip(*draws, strict=True)))
-        assert mean.holds, f"cached error above 1.5 x uncached + 1 ulp: {draws[0]}; over {len(draws)} draws {mean}"
+        first = self._errors()
+
+        def permuted(number: int) -> Errors:
+            again = Driver(self.config, self.make, self.max_open, _permuted(self.config, self.weights, number))
+            again.play(script)
+            return again._errors()
+
+        judged, draws = over_draws(first, permuted)
+        assert judged.holds, f"cached error above 1.5 x uncached + 1 ulp: {first}; over {draws} draws {judged}"
         self.counts["outputs compared"] += len(self.records)
-        self.counts["bound passed in one draw"] += len(draws) > 1
+        self.counts["bound passed in one draw"] += draws > 1
 
     def _errors(self) -> Errors:
         weights = make_weights(self.config)
@@ -658,19 +657,6 @@ class Driver:
             if full[: len(record.tokens)] == record.tokens
         ]
         return float(np.max(errors))  # of numbers with a NaN: NaN
-
-
-class Errors(NamedTuple):
-    """The largest errors of a script's outputs."""
-
-    cached: float
-    uncached: float
-    ulp: float
-
-    @property
-    def holds(self) -> bool:
-        """Invariant 1; never of NaN."""
-        return self.cached <= 1.5 * self.uncached + self.ulp
 
 
 def _error(values: np.ndarray, exact: np.ndarray) -> float:

@@ -67,6 +67,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("scoring",),
     ("generating",),
     ("testing_bound",),
+    ("testing_report",),
     ("testing_runs",),
     ("testing",),
     ("cli",),
