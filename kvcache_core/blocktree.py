@@ -213,7 +213,6 @@ class BlockTree(SortedChildren):
         for parent, found in children.items():
             assert len(found) > 1 or parent not in self._children
             assert all(self._parent[child] == parent and child not in self._open for child in found)
-            assert [*found] == sorted(found, key=self.token_bytes)
             full = [(self.token_bytes(c), *self.extras(c).items()) for c in found if self.fill(c) == self.block_size]
             assert len(set(full)) == len(full)
 

@@ -24,6 +24,8 @@ def token_array(token_ids: TokenIds, what: str) -> array[int]:
         InvalidInput: empty, not one-dimensional, negative or above 2**31 - 1.
     """
     if isinstance(token_ids, (list, tuple)):
+        if token_ids and isinstance(token_ids[0], bool):
+            raise InvalidType(f"{what} must be integers, got {_sample(token_ids)}")
         try:
             # An array of unsigned integers takes them in half the time of signed ones.
             tokens = array("i", array("I", token_ids).tobytes())
@@ -45,7 +47,7 @@ def token_array(token_ids: TokenIds, what: str) -> array[int]:
         tokens = array("i", values.astype(np.int32).tobytes())
     if not tokens:
         raise InvalidInput(f"{what} needs at least one token, got none")
-    lowest = min(tokens) if len(tokens) < 32 else np.frombuffer(tokens, np.int32).min()
+    lowest = min(tokens) if len(tokens) < 64 else np.frombuffer(tokens, np.int32).min()
     if lowest < 0:
         raise InvalidInput(f"{what} has a token id outside 0 .. {MAX_TOKEN}: {int(lowest) % 2**32}")
     return tokens

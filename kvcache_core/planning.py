@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from collections.abc import Sequence as _Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ class PlannedSteps(OpenSequences):
     def plan(
         self,
         seqs: _Sequence[Sequence],
-        token_ids: _Sequence[TokenIds],
+        token_ids: _Sequence[TokenIds] | None = None,
         *,
         extra_keys: _Sequence[Mapping[int, bytes]] | None = None,
     ) -> StepPlan:
@@ -32,7 +33,7 @@ class PlannedSteps(OpenSequences):
 
         Args:
             seqs: the rows.
-            token_ids: one or more new tokens per row.
+            token_ids: one or more new tokens per row; without, what of each sequence's prompt it does not hold yet.
             extra_keys: per row, {number of the new token: bytes}, as :meth:`open` takes them for a prompt.
 
         Raises:
@@ -40,7 +41,10 @@ class PlannedSteps(OpenSequences):
             InvalidInput: no rows, a row without tokens, or a sequence that stands in the batch twice.
             SequenceClosed, StepError: a sequence is closed, or already in a step.
         """
-        tokens = [token_array(ids, f"row {row}") for row, ids in enumerate(token_ids)]
+        if token_ids is None:
+            tokens = [_rest_of_prompt(seq) for seq in seqs]
+        else:
+            tokens = [token_array(ids, f"row {row}") for row, ids in enumerate(token_ids)]
         if not seqs or len(seqs) != len(tokens):
             raise InvalidInput(
                 f"a step needs one list of new tokens per sequence, at least one; got {len(seqs)} sequences "
@@ -186,11 +190,7 @@ class PlannedSteps(OpenSequences):
         if not usable or (others and not (all(map(self._can_step, others)) and self._moves.prepare(others))):
             self.commit(self.plan(seqs, [[token] for token in ids]))
             return
-        for seq, token in zip(seqs, ids, strict=True):
-            if seq.room:
-                self._moves.append_in_room(seq, token)
-            else:
-                self._moves.append(seq, token)
+        self._moves.append_all(seqs, ids)
 
     def _finish(self, plan: StepPlan, verb: str) -> _Sequence[Reservation]:
         if plan.finished:
@@ -201,6 +201,13 @@ class PlannedSteps(OpenSequences):
 
     def _can_step(self, seq: Sequence) -> bool:
         return seq._cache is self and not seq.closed and not seq.in_step and seq.namespace == self.namespace
+
+
+def _rest_of_prompt(seq: Sequence) -> array[int]:
+    rest = seq.prompt[seq.length :]
+    if not rest:
+        raise InvalidInput(f"{seq!r} holds its whole prompt: a step of it needs new tokens")
+    return rest
 
 
 def _with_tokens(plan: StepPlan, tokens: _Sequence[TokenIds]) -> list[Reservation]:

@@ -61,7 +61,7 @@ class PrefixIndex(BlockTree):
         data, width = tokens.tobytes(), self._width
         with_extras = bool(extra_keys or self._extras)
         nodes: list[int] = []
-        node, stride = root, 16
+        node, stride = root, 64
         while len(nodes) < limit:
             at = len(nodes)
             extras = block_extras(extra_keys, at, self.block_size) if with_extras else NO_EXTRAS
@@ -107,8 +107,7 @@ class PrefixIndex(BlockTree):
         lefts: Iterator[int] = iter(())
         rights: Iterator[int] = iter((only,) if only > 0 else ())
         if only == MANY:
-            data, siblings = tokens.tobytes(), self._children[parent]
-            lefts, rights = siblings.before(data), siblings.from_(data)
+            lefts, rights = self._children[parent].around(tokens.tobytes())
         if extras or self._extras:
             # Extra keys are not part of the sort order: look at every child.
             found += [(self._shared(node, tokens, extras), node) for node in (*lefts, *rights)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as _Sequence
 
 import numpy as np
@@ -146,6 +147,24 @@ class Transactions:
         if room == 1:
             self.tails.publish(seq, len(seq.nodes) - 1)
             self.move_tip(node, seq.nodes[-1])
+
+    def append_all(self, seqs: _Sequence[Sequence], tokens: array[int]) -> None:
+        """Add a token to each of several sequences that have room or are prepared."""
+        index, size = self.index, self.block_size
+        token_at, fill_at = index.token_at, index.fill_at
+        for seq, token in zip(seqs, tokens, strict=True):
+            room = seq.room
+            if room > 1:
+                # As append_in_room does, without a call for each.
+                node, fill = seq.nodes[-1], size - room
+                token_at[node * size + fill] = token
+                fill_at[node] = fill + 1
+                seq.length += 1
+                seq.room = room - 1
+                continue
+            (self.append_in_room if room else self.append)(seq, token)
+            # A new block may have moved the columns.
+            token_at, fill_at = index.token_at, index.fill_at
 
     def append(self, seq: Sequence, token: int) -> None:
         """Add a token to a prepared sequence that has no room."""

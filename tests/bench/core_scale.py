@@ -39,7 +39,7 @@ class Load:
             prompt = self.head + own
             start = time.thread_time_ns()
             seq = self.core.open(prompt)
-            self.core.commit(self.core.plan([seq], [prompt[seq.num_cached :]]))
+            self.core.commit(self.core.plan([seq]))
             middle = time.thread_time_ns()
             for token in own[:NEW_TOKENS]:
                 self.core.append(seq, token)
@@ -66,7 +66,7 @@ class Strangers:
         while not self.core.stats().evicted_blocks:
             prompts = self.prompts(rows)
             seqs = [self.core.open(prompt) for prompt in prompts]
-            self.core.commit(self.core.plan(seqs, prompts))
+            self.core.commit(self.core.plan(seqs))
             for seq in seqs:
                 self.core.close(seq)
 
@@ -76,7 +76,7 @@ class Strangers:
         start = time.thread_time_ns()
         for prompt in prompts:
             seq = self.core.open(prompt)
-            self.core.commit(self.core.plan([seq], [prompt]))
+            self.core.commit(self.core.plan([seq]))
             self.core.close(seq)
         return (time.thread_time_ns() - start) / count / 1e3
 

@@ -63,6 +63,7 @@ BAD_PROMPTS = [
     ([[1, 2]], InvalidType, "must be integers"),
     (np.array([1.0]), InvalidType, "float64"),
     (np.array([True]), InvalidType, "bool"),
+    ([True, False, True], InvalidType, "True"),
     (np.zeros((1, 3), np.int64), InvalidInput, r"one dimension, got shape \(1, 3\)"),
     (np.int64(3), InvalidInput, r"one dimension, got shape \(\)"),
     (7, InvalidInput, "one dimension"),
@@ -98,6 +99,21 @@ def test_value_and_type_errors_are_also_the_built_in_ones():
     for name in kvcache_core.errors.__all__:
         error = getattr(kvcache_core.errors, name)
         assert issubclass(error, KVCacheError) or issubclass(error, Warning)
+
+
+def test_the_rest_of_a_prompt_needs_no_list(core):
+    prompt = list(range(20, 31))
+    for cached in (0, 10):
+        seq = core.open(prompt)
+        assert seq.num_cached == cached
+        plan = core.plan([seq])
+        assert plan.tokens.tolist() == [prompt[cached:]]
+        core.commit(plan)
+        assert seq.tokens == prompt
+        with pytest.raises(InvalidInput, match="holds its whole prompt"):
+            core.plan([seq])
+        seq.close()
+    core.check_valid()
 
 
 @pytest.mark.parametrize("size", [0, -3, 1.5, "10", True, None])

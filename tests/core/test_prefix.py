@@ -114,12 +114,15 @@ def test_nothing_is_left_when_every_block_went(grown, rng):
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=60), st.integers(0, 40))
 def test_siblings_are_a_sorted_list(changes, probe):
-    """In parts of two, against `sorted`; several nodes have the same tokens."""
+    """In parts of two, against `sorted`; several nodes have the same tokens, or the same first one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(siblings, "_PART", 2)
 
         def key(node):
-            return bytes([node // 3])
+            return np.array([7 * (node // 9) % 300, 300 - node // 3], "<i4").tobytes()
+
+        def order(tokens):
+            return int.from_bytes(tokens[:4], "little"), tokens
 
         kept, expected = siblings.Siblings(key, 1), {1}
         for add, node in changes:
@@ -132,9 +135,10 @@ def test_siblings_are_a_sorted_list(changes, probe):
             kept.check_valid()
         assert sorted(kept) == sorted(expected)
         assert kept.only() == (next(iter(expected)) if len(expected) == 1 else 0)
-        wanted = bytes([probe // 3])
-        assert [*kept.from_(wanted)] == [node for node in kept if key(node) >= wanted]
-        assert [*kept.before(wanted)][::-1] == [node for node in kept if key(node) < wanted]
+        wanted = key(probe)
+        before, behind = kept.around(wanted)
+        assert [*kept.from_(wanted)] == [*behind] == [node for node in kept if order(key(node)) >= order(wanted)]
+        assert [*before][::-1] == [node for node in kept if order(key(node)) < order(wanted)]
 
 
 def test_nodes_are_used_again():
