@@ -53,9 +53,10 @@ class BlockCache(PlannedSteps):
 
     @property
     def on_evict(self) -> Callable[[list[Evicted]], None] | None:
-        """Called with the findable blocks that lose their content, one call per step, under the lock and before
-        anything can overwrite their bytes. It must not raise and must not call the cache. :meth:`clear` does not
-        call it.
+        """Called with the findable blocks that lose their content, under the lock and before anything can overwrite
+        their bytes: once for all that a planned step evicts and once for each tail that it writes in place, once per
+        block that :meth:`append` evicts, once per layer group at a resize. It must not raise and must not call the
+        cache. :meth:`clear` does not call it.
         """
         return self._blocks.on_evict
 

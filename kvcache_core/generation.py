@@ -104,8 +104,7 @@ class _Batch:
         queue = self._queue
         queue.admit([(row.job, row.seq) for row in (*self._rows, *self._joining)])
         if queue.computing:
-            for job, found in queue.step(greedy=self._greedy):
-                self._join(job, found)
+            self._join_all(queue.step(greedy=self._greedy))
             self._joining = self._running(self._joining)
             steps = 1
         else:
@@ -122,6 +121,16 @@ class _Batch:
         for row in (*self._rows, *self._joining):
             row.seq.close()
         self._rows, self._joining = [], []
+
+    def _join_all(self, complete: list[tuple[Job, Any]]) -> None:
+        """These prompts are complete: their continuations run from now on, or all of them are closed."""
+        try:
+            while complete:
+                self._join(*complete.pop(0))
+        except BaseException:
+            for job, _ in complete:
+                job.seq.close()
+            raise
 
     def _join(self, job: Job, found: Any) -> None:
         """A prompt is complete: choose the first token of each of its continuations."""
@@ -220,10 +229,10 @@ class _Batch:
             row.seq.truncate(row.seq.length - count)
         except InvalidInput:
             # A window layer has lost what it would see again: start anew from what is cached.
-            row.seq.close()
             tokens = [*row.job.tokens, *row.new]
-            row.seq = self._decoder.open(tokens[:-1], row.left)
+            old, row.seq = row.seq, self._decoder.open(tokens[:-1], row.left)
             row.pending = tokens[row.seq.length :]
+            old.close()
 
 
 def stream_tokens(decoder: Decoder, prompt: Sequence[int], options: GenerateOptions) -> Iterator[int]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache_core import CacheFull, InvalidInput
+from kvcache_core import CacheFull, InvalidInput, generation
 from kvcache_core.beam import beam_search
 from kvcache_core.generation import generate_tokens, stream_tokens
 from kvcache_core.options import GenerateOptions
@@ -175,6 +175,25 @@ def test_an_error_in_any_step_closes_everything():
 
 
 # ---- options -----------------------------------------------------------------------------------------
+
+
+def test_an_error_between_steps_closes_everything(monkeypatch):
+    """Two prompts are complete at once; whichever of their first tokens cannot be chosen, neither stays open."""
+    for failing in range(4):
+        cached, _ = decoders(CONFIG, 300)
+        calls = []
+
+        def fail(*args, failing=failing, calls=calls):
+            calls.append(args)
+            if len(calls) > failing:
+                raise InjectedFault(0)
+            return 1
+
+        monkeypatch.setattr(generation, "pick", fail)
+        with pytest.raises(InjectedFault):
+            generate_tokens(cached, [text(1, 9), text(2, 9)], GenerateOptions(4, None, Sampling(1.0), 2))
+        assert len(calls) == failing + 1
+        cached.cache.check_at_rest()
 
 
 @pytest.mark.parametrize(

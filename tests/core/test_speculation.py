@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +11,7 @@ from kvcache_core.generation import generate_tokens
 from kvcache_core.options import GenerateOptions
 from kvcache_core.speculation import Drafter, Speculation, worth_verifying
 from tests.numpy_cache import decoders
-from tests.reference_decoder import DecoderConfig, decoder_configs
+from tests.reference_decoder import DecoderConfig, InjectedFault, decoder_configs
 
 
 def looked_up(tokens, speculation, limit):
@@ -84,15 +85,44 @@ def test_the_same_tokens_as_plain_greedy(config, prompts, speculation, new, eos)
     cached.cache.check_at_rest()
 
 
-def test_rejected_tokens_behind_a_window_that_cannot_be_regained():
-    """Little room: what the window dropped is evicted at once, and the row is opened anew."""
+def losing(cached, monkeypatch, *, fail):
+    """Behind every draft others have evicted what the window dropped. Returns the prompts of the sequences opened."""
+    run, start, opened = cached.step_greedy_all, cached.open, []
+
+    def step(seqs, tokens):
+        found = run(seqs, tokens)
+        cached.cache.core.clear()
+        return found
+
+    def start_anew(tokens, new):
+        opened.append(tokens)
+        if fail and len(opened) > 1:
+            raise InjectedFault(0)
+        return start(tokens, new)
+
+    monkeypatch.setattr(cached, "step_greedy_all", step)
+    monkeypatch.setattr(cached, "open", start_anew)
+    return opened
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_rejected_tokens_behind_a_window_that_cannot_be_regained(monkeypatch, fail):
+    """The row is opened anew; if that fails too, nothing stays open."""
     config = DecoderConfig(dtype="float64", windows=(3,), width=8, block_size=1)
-    for seed in range(30):
-        cached, plain = decoders(config, 12)
+    again = 0
+    for seed in range(20):
+        cached, plain = decoders(config, 40)
         prompt = np.random.default_rng(seed).integers(0, 3, 9).tolist()
         options = GenerateOptions(12, speculate=Speculation(6, 1, 1))
-        assert generate_tokens(cached, [prompt], options) == generate_tokens(plain, [prompt], GenerateOptions(12))
+        opened = losing(cached, monkeypatch, fail=fail)
+        expected = generate_tokens(plain, [prompt], GenerateOptions(12))
+        try:
+            assert generate_tokens(cached, [prompt], options) == expected
+        except InjectedFault:
+            assert fail
+        again += len(opened) > 1
         cached.cache.check_at_rest()
+    assert again > 5
 
 
 def test_fewer_steps_for_text_that_repeats_itself():
