@@ -71,6 +71,10 @@ class Adapter(Stepping):
     def _fingerprint(self, model: Any) -> bytes:
         """Bytes that change when the model's weights change."""
 
+    def _mode(self) -> bytes:
+        """What besides the weights decides how this thread computes; empty as a rule."""
+        return b""
+
     def _install_part(self, model: Any) -> None:
         """:meth:`_install` for a module whose results are kept per sample."""
         self._install(model)

@@ -89,6 +89,7 @@ class ModelBinding(Adapter):
         self._prepare_lock = threading.RLock()
         self._identified: tuple[bytes, bytes] | None = None
         self._named_at: bytes | None = None
+        self._seen_mode = b""
         self._tiers: TierStack | None = None
         if write_through and not tiers:
             raise InvalidInput("write_through needs a tier that others can see: tiers=['disk:PATH'] or 'valkey://HOST'")
@@ -181,7 +182,8 @@ class ModelBinding(Adapter):
         fingerprint = self._fingerprint(self.model)
         if self._named_at is None:
             self._named_at = self._epoch + fingerprint
-        return _digest((self.identity or "").encode(), fingerprint, layout.digest, self._epoch)
+        self._seen_mode = self._mode()
+        return _digest((self.identity or "").encode(), fingerprint + self._seen_mode, layout.digest, self._epoch)
 
     def _portable_namespace(self, layout: BlockLayout, epoch: bytes = b"") -> bytes:
         """The namespace of keys that leave the process: the weights go by what any process makes of them."""
@@ -192,15 +194,16 @@ class ModelBinding(Adapter):
         mark = self._epoch + self._fingerprint(self.model)
         if self._named_at is None:
             self._named_at = mark
-        known = self._identified
-        if known is None or known[0] != mark:
+        known, mode = self._identified, self._mode()
+        if known is None or known[0] != mark + mode:
             if self.identity is None:
                 weights = weights_identity(self._parameters(self.model))
             else:
                 # The name was given for the weights as they were: changed ones are nobody's but this process's.
                 changed = "" if self._named_at == mark else os.urandom(16).hex()
                 weights = named_identity(self.identity + changed)
-            known = self._identified = (mark, weights)
+            known = self._identified = (mark + mode, _digest(weights, mode) if mode else weights)
+        self._seen_mode = mode
         return known[1]
 
     def invalidate(self) -> None:

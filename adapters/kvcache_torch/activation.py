@@ -15,6 +15,7 @@ from kvcache_core.described import ModuleIdentity
 from kvcache_core.errors import InvalidType
 from kvcache_core.tree import flatten
 from kvcache_core.worth import Worth
+from kvcache_torch.context import autocast_mode
 from kvcache_torch.fingerprint import Fingerprint
 from kvcache_torch.portable import RowReader, export_row, module_identity
 
@@ -101,9 +102,7 @@ class Site(ActivationSite):
 
     def mode(self) -> bytes:
         """Which modules are in training mode; autocast."""
-        kinds = ("cpu", "cuda")
-        autocast = [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds]
-        return bytes(module.training for module in self._modules) + f"{autocast}".encode()
+        return bytes(module.training for module in self._modules) + autocast_mode()
 
     @property
     def weights(self) -> list[Tensor]:

@@ -65,9 +65,16 @@ def attention(
     """
     if not local.stepping:
         return plain_attention(q, k, v, window, scale, softcap)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = _autocast(q), _autocast(k), _autocast(v)
     if torch.compiler.is_compiling():
         return torch.ops.kvcache.attend(q, k, v, layer, window, scale, softcap)  # type: ignore[no-any-return]
     return local.step.attend(q, k, v, layer, window, scale, softcap)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """As autocast hands it to ``F.scaled_dot_product_attention``: a model may give rotated K in float32 beside V."""
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def causal_conv1d(

@@ -21,7 +21,7 @@ from kvcache_core.types import TokenIds
 from kvcache_torch.activation import Site
 from kvcache_torch.attached import AttachedForward
 from kvcache_torch.compiled import compiler_works
-from kvcache_torch.context import local
+from kvcache_torch.context import autocast_mode, local
 from kvcache_torch.driver import (
     Driver,
     device_of,
@@ -108,6 +108,9 @@ class KVCache(FrontendCache):
         self.weights_of(model).look()
         return self.weights_of(model).value
 
+    def _mode(self) -> bytes:
+        return autocast_mode()
+
     def weights_of(self, model: nn.Module) -> Fingerprint:
         """What notices that the model's weights change."""
         if self._weights is None:
@@ -117,7 +120,7 @@ class KVCache(FrontendCache):
     def _weights_changed(self) -> bool:
         # Finding the tensors costs a tenth of a millisecond in a deep model, comparing their counters microseconds.
         self._prepare()
-        return self.weights_of(self.model).counters_moved()
+        return self.weights_of(self.model).counters_moved() or autocast_mode() != self._seen_mode
 
     def open_row(self, token_ids: TokenIds, **options: Any) -> CachedSequence:
         """A sequence opened with the core's own ``options``, and with what the tiers hold behind its match."""

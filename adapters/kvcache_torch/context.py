@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from kvcache_torch.recorder import Recorder
     from kvcache_torch.step import Step
 
-__all__ = ["local"]
+__all__ = ["autocast_mode", "local"]
 
 
 class _Local(threading.local):
@@ -46,3 +47,9 @@ class _Local(threading.local):
 
 
 local = _Local()
+
+
+def autocast_mode() -> bytes:
+    """What this thread's autocast makes of a model's computations; empty outside."""
+    dtypes = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    return f"autocast {dtypes}".encode() if dtypes else b""

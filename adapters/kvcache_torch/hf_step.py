@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcache_core.errors import InvalidInput
 from kvcache_core.plan import PAD_SLOT, StepPlan
+from kvcache_torch.attention import attention
 from kvcache_torch.context import local
 from kvcache_torch.store import TensorStore
 
@@ -218,8 +219,7 @@ def block_attention(
         raise InvalidInput("the attention sees later tokens: nothing computed for a prefix stays right")
     if any(kwargs.get(name) is not None for name in _NOT_OURS):
         raise NeedsReturned(f"passes one of {_NOT_OURS} to its attention")
-    step: Any = local.step
-    result = step.attend(query, key, value, layer, sliding_window, scaling, softcap)
+    result = attention(query, key, value, layer=layer, window=sliding_window, scale=scaling, softcap=softcap)
     return result.transpose(1, 2), None
 
 

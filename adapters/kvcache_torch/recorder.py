@@ -36,7 +36,8 @@ class Recorder:
     ) -> Tensor:
         """Plain attention; the layer's shape is noted."""
         check_query(q, k, layer)
-        self._note(layer, k.dtype, LayerSpec.attention(k.shape[1], k.shape[3], v.shape[3], window=window))
+        spec = LayerSpec.attention(k.shape[1], k.shape[3], v.shape[3], window=window)
+        self._note(layer, torch.promote_types(k.dtype, v.dtype), spec)
         return plain_attention(q, k, v, window, scale, softcap)
 
     def with_context(self, x: Tensor, rows: int, layer: int) -> Tensor:
