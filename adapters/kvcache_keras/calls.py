@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from kvcache_core.errors import UsageError
 from kvcache_core.frontend import Call
 from kvcache_keras.context import local, not_recording
+from kvcache_keras.packing import pack, signature
 from kvcache_keras.runner import last_of, place
-from kvcache_keras.step import pack, signature
 from kvcache_keras.tokenmodel import model_input
 from kvcache_keras.transparent import Rows, output_slots, rows_of
 

@@ -15,7 +15,8 @@ from kvcache_core.plan import StepPlan
 from kvcache_keras.context import outside, stepping
 from kvcache_keras.greedy import choose_greedily
 from kvcache_keras.kernels import dimensions, reshape
-from kvcache_keras.step import Step, pack, signature
+from kvcache_keras.packing import pack, shared_cuts, signature
+from kvcache_keras.step import Step
 from kvcache_keras.store import TensorStore
 from kvcache_keras.tokenmodel import run_model
 
@@ -44,8 +45,11 @@ class StepRunner:
     def run(self, plan: StepPlan) -> _Tensor:
         """The output behind each row's last token, [B, 1, ...]; the store's copies come first."""
         self.copy(plan)
-        name = "decode" if plan.tokens.shape[1] == 1 else "prefill"
-        return self.function(name)(*pack(plan, self._store))
+        if plan.tokens.shape[1] > 1:
+            return self.function("prefill")(*pack(plan, self._store))
+        cuts = shared_cuts(plan)
+        name = "decode" if cuts is None else "decode shared"
+        return self.function(name)(*pack(plan, self._store, cuts))
 
     def run_all(self, plan: StepPlan, slots: NDArray[np.int32]) -> _Tensor:
         """Store the outputs of the new tokens; returns those at ``slots`` [B, T] of the output layer, [B, T, ...]."""
@@ -108,11 +112,13 @@ class StepRunner:
             spec = [tf.TensorSpec([None], tf.int32), *signature(self._kv_kinds, size, None)]
             return tf.function(choose, input_signature=spec, autograph=False)
 
+        levels = name == "decode shared"
+
         def run(*packed: _Tensor) -> _Tensor:
             self.traces[name] += 1
-            return self._run_model(Step(self._store, self._dtype, packed, last_only=True))
+            return self._run_model(Step(self._store, self._dtype, packed, last_only=True, levels=levels))
 
-        spec = signature(self._kv_kinds, size, 1 if name == "decode" else None, self._frames)
+        spec = signature(self._kv_kinds, size, None if name == "prefill" else 1, self._frames, levels=levels)
         return tf.function(run, input_signature=spec, autograph=False)
 
     def _run_model(self, step: Step) -> _Tensor:

@@ -1,4 +1,4 @@
-"""A step as tensors: what the plan says, packed for a graph, and the attention that reads it."""
+"""A step as tensors: the packed plan, and the attention that reads it."""
 
 from __future__ import annotations
 
@@ -6,77 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
-from numpy.typing import NDArray
 
 from kvcache_core.errors import InvalidInput, InvalidType
-from kvcache_core.plan import PAD_SLOT, GroupPlan, StepPlan
-from kvcache_keras.kernels import Scoring, attend, attend_in_chunks, causal_mask
+from kvcache_keras.kernels import Scoring, attend, attend_in_chunks, causal_mask, reshape
+from kvcache_keras.levels import Level, attend_partly, merged
+from kvcache_keras.packing import group_shapes
 from kvcache_keras.recorder import check_query
-from kvcache_keras.states import STATE_SHAPES, note_context, pack_states, with_context
+from kvcache_keras.states import note_context, with_context
 from kvcache_keras.store import TensorStore, dtype_name
 
-__all__ = ["Step", "pack", "signature"]
+__all__ = ["Step"]
 
 _Tensor = Any
-
-
-def pack(plan: StepPlan, store: TensorStore) -> list[NDArray[Any]]:
-    """The plan as arrays, int32 but for frames, in the order that :func:`signature` says and :class:`Step` reads."""
-    arrays: list[Any] = [plan.positions, plan.counts - 1, np.array(store.stride)]
-    for group in plan.groups:
-        if group.kind == "state":
-            arrays += pack_states(group)
-        else:
-            arrays += (group.slots, *_visible_blocks(group), _tail_slots(group, plan))
-    tokens = plan.tokens.astype(np.int32) if plan.frames is None else plan.frames
-    return [tokens, *(array.astype(np.int32) for array in arrays)]
-
-
-def signature(
-    kinds: Sequence[str], block_size: int, new: int | None, frames: tuple[int, str] | None = None
-) -> list[tf.TensorSpec]:
-    """Specs of what :func:`pack` returns.
-
-    Args:
-        kinds: of the layer groups that the step uses.
-        block_size: tokens per block.
-        new: T, or None for any.
-        frames: (F, dtype) of a model that takes frames.
-    """
-    tokens = tf.TensorSpec([None, new], tf.int32)
-    if frames is not None:
-        tokens = tf.TensorSpec([None, new, frames[0]], "float64" if frames[1] == "float64" else "float32")
-    shapes: list[Any] = [[None, new], [None], []]
-    for kind in kinds:
-        shapes += _group_shapes(kind, block_size, new)
-    return [tokens, *(tf.TensorSpec(shape, tf.int32) for shape in shapes)]
-
-
-def _group_shapes(kind: str, block_size: int, new: int | None) -> Sequence[list[int | None]]:
-    """Shapes of what stands for a layer group in a packed plan."""
-    return STATE_SHAPES if kind == "state" else ([None, new], [None, None], [None], [None, block_size])
-
-
-def _visible_blocks(group: GroupPlan) -> tuple[NDArray[Any], NDArray[Any]]:
-    """[B, blocks] block ids that the new tokens can see, and [B] the position of the first one's first token."""
-    size, table = group.block_size, group.block_tables
-    if group.window is None:
-        return table, np.zeros(len(table), np.int32)
-    low = np.maximum(0, group.starts - group.window + 1) // size
-    width = int((-(-group.ends // size) - low).max())
-    columns = low[:, None] + np.arange(width)
-    inside = columns < table.shape[1]
-    blocks = np.take_along_axis(table, np.where(inside, columns, 0), axis=1)
-    return np.where(inside, blocks, 0), low * size
-
-
-def _tail_slots(group: GroupPlan, plan: StepPlan) -> NDArray[Any]:
-    """[B, block_size] slots of each row's last block behind its last token; :data:`PAD_SLOT` elsewhere."""
-    last = np.take_along_axis(group.slots, plan.counts[:, None] - 1, axis=1)
-    offsets = np.arange(group.block_size)
-    return np.where(offsets > last % group.block_size, last - last % group.block_size + offsets, PAD_SLOT)
 
 
 @dataclass
@@ -86,14 +28,16 @@ class Step:
     Args:
         store: where K and V lie.
         dtype: the model's dtype of K and V.
-        packed: tensors in the order of :func:`pack`.
+        packed: tensors in the order of :func:`kvcache_keras.packing.pack`.
         last_only: whether only each row's last output is wanted.
+        levels: whether the plan lists what rows share once; then every row has one new token.
     """
 
     store: TensorStore
     dtype: str
     packed: Sequence[_Tensor]
     last_only: bool
+    levels: bool = False
     selected: bool = False
     used: set[int] = field(default_factory=set)
     shared: dict[Any, Any] = field(default_factory=dict)
@@ -125,11 +69,27 @@ class Step:
         number = self.store.layout.group_of(layer)
         self.write(layer, "k", k)
         self.write(layer, "v", v)
+        if self.levels:
+            return self._attend_levels(q, layer, scoring)
         keys, values = (self.read(layer, name, q.dtype) for name in "kv")
         if q.shape[1] == 1:
             return attend(q, keys, values, self.mask(number, scoring.window), scoring)
         first = self.group(number)[2]
         return attend_in_chunks(q, keys, values, self.positions, first, scoring)
+
+    def _attend_levels(self, q: _Tensor, layer: int, scoring: Scoring) -> _Tensor:
+        """Attention of one token per row over its own blocks, and over the shared ones of each level."""
+        number = self.store.layout.group_of(layer)
+        heads, kv_heads, size = q.shape[2], self.store.spec(layer, "k").heads, self.store.spec(layer, "v").size
+        each = heads // kv_heads
+        q = reshape(scoring.scaled(q), (-1, kv_heads, each, q.shape[3]))
+        k, v = (self.read(layer, name, q.dtype) for name in "kv")
+        parts = [attend_partly(q, k, v, self.mask(number, scoring.window)[:, None], scoring)]
+        for level in self.levels_of(number):
+            k, v = (self.read(layer, name, q.dtype, level) for name in "kv")
+            mask = self.level_mask(level, scoring.window, each)
+            parts.append(level.unstacked(attend_partly(level.stacked(q), k, v, mask, scoring), each))
+        return tf.cast(reshape(merged(parts), (-1, 1, heads, size)), q.dtype)
 
     def with_context(self, x: _Tensor, rows: int, layer: int | None) -> _Tensor:
         """Inputs [B, T, C] of a convolution behind the ``rows`` inputs before them: [B, rows + T, C].
@@ -166,17 +126,18 @@ class Step:
                     self.shared[key] = tf.zeros(tf.concat((tf.shape(places)[:-1], new.shape[3:]), 0), array.dtype)
                 array.scatter_nd_update(places, self.shared[key])
 
-    def read(self, layer: int, name: str, dtype: Any) -> _Tensor:
-        """[B, H, S, D] of all that the new tokens can see."""
+    def read(self, layer: int, name: str, dtype: Any, level: Level | None = None) -> _Tensor:
+        """[B, H, S, D] of all that the new tokens can see; [G, H, S, D] of what the groups of a level share."""
         spec = self.store.spec(layer, name)
         number = self.store.layout.group_of(layer)
-        at = self._rows(number, spec.heads)
-        blocks = self.store.decoded(layer, name, lambda array: tf.gather(array, at), dtype)
-        key = ("shape", number)
+        index = self.group(number)[1] if level is None else level.blocks
+        key = ("rows", number, spec.heads, id(level))
         if key not in self.shared:
-            rows, width = tf.unstack(tf.shape(self.group(number)[1]))
-            self.shared[key] = (rows, width * self.store.layout.block_size)
-        rows, context = self.shared[key]
+            rows, width = tf.unstack(tf.shape(index))
+            at = tf.range(spec.heads)[:, None] * self.packed[3] + index[:, None]
+            self.shared[key] = (at, rows, width * self.store.layout.block_size)
+        at, rows, context = self.shared[key]
+        blocks = self.store.decoded(layer, name, lambda array: tf.gather(array, at), dtype)
         return tf.reshape(blocks, (rows, spec.heads, context, spec.size))
 
     def group(self, number: int) -> Sequence[_Tensor]:
@@ -184,9 +145,29 @@ class Step:
 
         Of a state group: what :func:`pack_states` returns.
         """
-        sizes = [len(_group_shapes(kind, 1, 1)) for kind, _ in self.store.layout.groups[: number + 1]]
+        kinds = [kind for kind, _ in self.store.layout.groups[: number + 1]]
+        sizes = [len(group_shapes(kind, 1, 1, levels=self.levels)) for kind in kinds]
         end = 4 + sum(sizes)
         return self.packed[end - sizes[-1] : end]
+
+    def levels_of(self, number: int) -> list[Level]:
+        """The shared levels of a layer group."""
+        key = ("levels", number)
+        if key not in self.shared:
+            _, _, first, _, *arrays = self.group(number)
+            levels = []
+            for at in reversed(range(0, len(arrays), 3)):
+                first -= tf.shape(arrays[at])[1] * self.store.layout.block_size
+                levels.append(Level(*arrays[at : at + 3], first))
+            self.shared[key] = levels
+        return self.shared[key]
+
+    def level_mask(self, level: Level, window: int | None, each: int) -> _Tensor:
+        """Bool [G, 1, R * each, S] of what the rows of each group see of a level."""
+        key = ("level mask", id(level), each)
+        if key not in self.shared:
+            self.shared[key] = level.mask(self.positions, window, each, self.store.layout.block_size)
+        return self.shared[key]
 
     def _places(self, number: int, heads: int, which: int) -> _Tensor:
         """int32 [B, T, H, 2]: (row, offset) of the group's slots."""
@@ -198,13 +179,6 @@ class Step:
             self.shared[key] = tf.stack((rows, tf.broadcast_to(slots % size, tf.shape(rows))), axis=-1)
         return self.shared[key]
 
-    def _rows(self, number: int, heads: int) -> _Tensor:
-        """int32 [B, H, blocks]."""
-        key = ("rows", number, heads)
-        if key not in self.shared:
-            self.shared[key] = tf.range(heads)[:, None] * self.packed[3] + self.group(number)[1][:, None]
-        return self.shared[key]
-
     def mask(self, number: int, window: int | None) -> _Tensor:
         """Bool [B, T, S]."""
         key = ("mask", number)
@@ -214,7 +188,7 @@ class Step:
 
     def visible_positions(self, number: int) -> _Tensor:
         """int32 [B, S]: the positions of what :meth:`read` gives."""
-        _, blocks, first, _ = self.group(number)
+        blocks, first = self.group(number)[1:3]
         return first[:, None] + tf.range(tf.shape(blocks)[1] * self.store.layout.block_size)
 
     def check(self, q: _Tensor, k: _Tensor, v: _Tensor, layer: int, window: int | None) -> None:

@@ -1,0 +1,105 @@
+"""A step's plan as arrays that enter a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from kvcache_core.plan import PAD_SLOT, GroupPlan, StepPlan
+from kvcache_keras.levels import LEVEL_SHAPES, Cuts, cut, pack_levels
+from kvcache_keras.states import STATE_SHAPES, pack_states
+from kvcache_keras.store import TensorStore
+
+__all__ = ["group_shapes", "pack", "shared_cuts", "signature"]
+
+WORTH = 1024
+"""Tokens per layer that sharing must spare a step from reading, to be faster than reading row by row."""
+
+
+def pack(plan: StepPlan, store: TensorStore, cuts: Sequence[Cuts] | None = None) -> list[NDArray[Any]]:
+    """The plan as arrays, int32 but for frames, in the order that :func:`signature` says and a step reads.
+
+    Args:
+        plan: the step's.
+        store: where its K and V lie.
+        cuts: from :func:`shared_cuts`, for a graph with levels: what rows share is then listed once.
+    """
+    arrays: list[Any] = [plan.positions, plan.counts - 1, np.array(store.stride)]
+    for number, group in enumerate(plan.groups):
+        if group.kind == "state":
+            arrays += pack_states(group)
+            continue
+        (blocks, first), levels = _visible_blocks(group), list[NDArray[Any]]()
+        if cuts is not None:
+            levels = pack_levels(blocks, cuts[number])
+            blocks, first = blocks[:, cuts[number][-1] :], first + cuts[number][-1] * group.block_size
+        arrays += (group.slots, blocks, first, _tail_slots(group, plan), *levels)
+    tokens = plan.tokens.astype(np.int32) if plan.frames is None else plan.frames
+    return [tokens, *(array.astype(np.int32) for array in arrays)]
+
+
+def shared_cuts(plan: StepPlan) -> list[Cuts] | None:
+    """Per layer group, where to cut its tables so that rows read what they share once; None if that spares little."""
+    if len(plan.rows) == 1:
+        return None
+    found = [((), 0) if group.kind == "state" else cut(_visible_blocks(group)[0]) for group in plan.groups]
+    if max(spared for _, spared in found) * plan.block_size < WORTH:
+        return None
+    return [cuts for cuts, _ in found]
+
+
+def signature(
+    kinds: Sequence[str],
+    block_size: int,
+    new: int | None,
+    frames: tuple[int, str] | None = None,
+    *,
+    levels: bool = False,
+) -> list[tf.TensorSpec]:
+    """Specs of what :func:`pack` returns.
+
+    Args:
+        kinds: of the layer groups that the step uses.
+        block_size: tokens per block.
+        new: T, or None for any.
+        frames: (F, dtype) of a model that takes frames.
+        levels: whether what rows share is listed once.
+    """
+    tokens = tf.TensorSpec([None, new], tf.int32)
+    if frames is not None:
+        tokens = tf.TensorSpec([None, new, frames[0]], "float64" if frames[1] == "float64" else "float32")
+    shapes: list[Any] = [[None, new], [None], []]
+    for kind in kinds:
+        shapes += group_shapes(kind, block_size, new, levels=levels)
+    return [tokens, *(tf.TensorSpec(shape, tf.int32) for shape in shapes)]
+
+
+def group_shapes(kind: str, block_size: int, new: int | None, *, levels: bool) -> Sequence[list[int | None]]:
+    """Shapes of what stands for a layer group in a packed plan."""
+    if kind == "state":
+        return STATE_SHAPES
+    return [[None, new], [None, None], [None], [None, block_size], *(LEVEL_SHAPES if levels else ())]
+
+
+def _visible_blocks(group: GroupPlan) -> tuple[NDArray[Any], NDArray[Any]]:
+    """[B, blocks] block ids that the new tokens can see, and [B] the position of the first one's first token."""
+    size, table = group.block_size, group.block_tables
+    if group.window is None:
+        return table, np.zeros(len(table), np.int32)
+    low = np.maximum(0, group.starts - group.window + 1) // size
+    width = int((-(-group.ends // size) - low).max())
+    columns = low[:, None] + np.arange(width)
+    inside = columns < table.shape[1]
+    blocks = np.take_along_axis(table, np.where(inside, columns, 0), axis=1)
+    return np.where(inside, blocks, 0), low * size
+
+
+def _tail_slots(group: GroupPlan, plan: StepPlan) -> NDArray[Any]:
+    """[B, block_size] slots of each row's last block behind its last token; :data:`PAD_SLOT` elsewhere."""
+    last = np.take_along_axis(group.slots, plan.counts[:, None] - 1, axis=1)
+    offsets = np.arange(group.block_size)
+    return np.where(offsets > last % group.block_size, last - last % group.block_size + offsets, PAD_SLOT)

@@ -1,0 +1,120 @@
+"""Rows that share blocks read them once, and get what each row would get alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import combinations_with_replacement
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvcache_keras import packing
+from kvcache_keras.levels import LEVELS, cut, pack_levels
+from tests.adapters.keras.models import KerasBackend
+from tests.reference_decoder import DecoderConfig, Driver, Script, decoder_configs, make_weights
+
+HEADS = (4, 8, 16, 64)
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> np.ndarray:
+    """Block tables of rows that branched off one after the other, some shorter than others."""
+    fresh = iter(range(1, 1000))
+    width = draw(st.integers(1, 8))
+    rows = [[next(fresh) for _ in range(width)]]
+    for _ in range(draw(st.integers(0, 6))):
+        parent, branch = draw(st.sampled_from(rows)), draw(st.integers(0, width))
+        rows.append(parent[:branch] + [next(fresh) for _ in range(width - branch)])
+    table = np.array(rows)
+    for row, length in enumerate(draw(st.lists(st.integers(1, width), min_size=len(rows), max_size=len(rows)))):
+        table[row, length:] = 0
+    return table
+
+
+@given(tables())
+def test_levels_give_back_the_table(table: np.ndarray) -> None:
+    cuts, _ = cut(table)
+    packed, columns = pack_levels(table, cuts), []
+    for at in range(0, len(packed), 3):
+        blocks, members, places = packed[at : at + 3]
+        whose = np.repeat(np.arange(len(members)), members.shape[1])[places]
+        np.testing.assert_array_equal(members.reshape(-1)[places], np.arange(len(table)))
+        columns.append(blocks[whose])
+    np.testing.assert_array_equal(np.concatenate([*columns, table[:, cuts[-1] :]], axis=1), table)
+
+
+@given(tables())
+def test_no_other_cuts_read_fewer_blocks(table: np.ndarray) -> None:
+    rows, width = table.shape
+    whole = np.where(table, table, -1 - np.arange(rows)[:, None])  # no row ends before another
+
+    def read(cuts: tuple[int, ...]) -> int:
+        count = rows * (width - cuts[-1])
+        for begin, end in zip((0, *cuts), cuts, strict=False):
+            count += len(np.unique(whole[:, begin:end], axis=0)) * (end - begin) if end > begin else 0
+        return count
+
+    cuts, spared = cut(whole)
+    assert (
+        read(cuts) == rows * width - spared == min(map(read, combinations_with_replacement(range(width + 1), LEVELS)))
+    )
+
+
+@st.composite
+def family_scripts(draw: st.DrawFn) -> Script:
+    """One text, samples of it, samples of these, and other prompts: decoded together again and again."""
+    which, small = st.integers(0, 5), st.integers(0, 5)
+    rows = st.lists(st.tuples(which, st.just(1), st.integers(0, 9)), min_size=4, max_size=8).map(tuple)
+    decoded = st.tuples(st.just("step"), rows)
+    opened = st.tuples(st.just("open"), st.just(0), st.integers(1, 40), st.tuples(small), st.just(0))
+    rare = st.one_of(opened, st.tuples(st.just("truncate"), which, small), st.tuples(st.just("close"), which))
+    action = st.one_of(decoded, st.tuples(st.just("fork"), which), decoded, decoded, rare)
+    start = (("open", 0, draw(st.integers(8, 40)), (1,), 0), ("step", ((0, 64, 0),)), ("fork", 0), ("fork", 0))
+    return Script(draw(st.integers(30, 120)), (*start, *draw(st.lists(action, min_size=6, max_size=24))))
+
+
+def test_random_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 1, with everything that is shared read once."""
+    monkeypatch.setattr(packing, "WORTH", 1)
+    shared = Counter[str]()
+
+    @settings(max_examples=8)
+    @given(decoder_configs(head_sizes=HEADS, max_layers=2), family_scripts())
+    def check(config: DecoderConfig, script: Script) -> None:
+        driver = Driver(config, lambda weights: KerasBackend(config, weights, script.num_blocks))
+        driver.run(script)
+        driver.report()
+        traces = driver.backend.cache.runner.traces
+        shared.update(traces.keys())
+        assert set(traces.values()) == {1}
+
+    check()
+    assert shared["decode shared"]
+
+
+@pytest.mark.parametrize("convs", [((2, 1),), ()])
+def test_one_trace_for_every_tree(monkeypatch: pytest.MonkeyPatch, convs: tuple[tuple[int, int], ...]) -> None:
+    """A system prompt, conversations over it, samples of these: rows join, branch off and leave."""
+    monkeypatch.setattr(packing, "WORTH", 8)
+    config = DecoderConfig(windows=(None, 12)[: 1 if convs else 2], heads=4, kv_heads=2, convs=convs)
+    backend = KerasBackend(config, make_weights(config), 300)
+    system = list(range(9)) * 3
+    rows, texts = [], []
+    for talk in range(3):
+        texts.append([*system, *[talk] * (3 + 5 * talk)])
+        rows.append(backend.core.open(texts[-1]))
+        backend.step(rows[-1:], [texts[-1][rows[-1].num_cached :]])
+    for number in (0, 0, 1, 3):
+        rows.append(rows[number].fork())
+        texts.append(list(texts[number]))
+    for step in range(12):
+        chosen = [row for row in range(len(rows)) if (row * 7 + step) % 5]
+        new = [[(row + step) % 11] for row in chosen]
+        logits = backend.step([rows[row] for row in chosen], new)
+        for row, tokens, found in zip(chosen, new, logits, strict=True):
+            texts[row] += tokens
+            np.testing.assert_allclose(found, backend.uncached(texts[row])[-1], atol=2e-5, rtol=2e-5)
+    assert backend.cache.runner.traces["decode shared"] == 1
+    backend.core.check_valid()
