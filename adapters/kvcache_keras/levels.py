@@ -22,33 +22,36 @@ __all__ = ["LEVELS", "LEVEL_SHAPES", "Level", "attend_partly", "cut", "joined", 
 _Tensor = Any
 
 LEVELS = 2
-"""Shared levels in a graph: what all rows share (a system prompt), and what some do (a conversation, a beam's past).
-A deeper tree is cut where the fewest blocks are read."""
+"""Shared levels that a graph may have: what all rows share (a system prompt), and what some do (a conversation, the
+past of beams). A deeper tree is cut where the fewest blocks are read."""
 
-LEVEL_SHAPES: tuple[list[int | None], ...] = ([None, None], [None, None], [None]) * LEVELS
-"""Shapes of what :func:`pack_levels` returns."""
+LEVEL_SHAPES: tuple[list[int | None], ...] = ([None, None], [None, None], [None])
+"""Shapes of what :func:`pack_levels` returns for each level."""
 
 Cuts = tuple[int, ...]
 """Per shared level, the column of the block tables that it ends before."""
 
 
 def cut(blocks: NDArray[Any]) -> tuple[Cuts, int]:
-    """Cuts of a table [B, W], and how many fewer blocks than B * W are read with them.
+    """Where to cut a table [B, W], at most :data:`LEVELS` times, and how many fewer blocks than B * W are then read.
 
     Example:
         >>> cut(np.array([[7, 8, 1], [7, 8, 2], [7, 9, 3], [7, 9, 4]]))
         ((1, 2), 5)
+        >>> cut(np.array([[7, 8, 1], [7, 8, 2]]))
+        ((2,), 2)
     """
     rows = len(blocks)
     distinct = 1 + np.count_nonzero(np.diff(np.sort(blocks, axis=0), axis=0), axis=0)
     # Rows that differ in a column are taken to differ behind it too: of a tree that is so.
     groups = np.maximum.accumulate(distinct)
     last = np.flatnonzero(np.diff(groups, append=rows))  # columns behind which there are more groups
-    ends, saved = np.append(last + 1, 0), np.append(rows - groups[last], 0)
-    first, second = ends[:, None], ends[None, :]
-    gain = first * saved[:, None] + np.where(second > first, (second - first) * saved[None, :], 0)
-    one, two = np.unravel_index(int(gain.argmax()), gain.shape)
-    return (int(ends[one]), max(int(ends[one]), int(ends[two]))), int(gain.max())
+    ends, spared = np.append(0, last + 1), np.append(0, rows - groups[last])
+    # First a level up to each end alone, then another one behind it.
+    gain = ends[:, None] * spared[:, None] + np.maximum(ends[None, :] - ends[:, None], 0) * spared[None, :]
+    first, second = np.unravel_index(int(gain.argmax()), gain.shape)
+    cuts = sorted({int(ends[first]), int(ends[max(first, second)])} - {0})
+    return tuple(cuts), int(gain.max())
 
 
 def pack_levels(blocks: NDArray[Any], cuts: Cuts) -> list[NDArray[Any]]:
@@ -88,28 +91,30 @@ def attend_partly(q: _Tensor, k: _Tensor, v: _Tensor, mask: _Tensor | None, scor
         scoring: softcap.
 
     Returns:
-        [G, H, M, Dv + 2], in float32 at least: values summed with the weights exp(score - highest score), the highest
-        score, and the sum of the weights.
+        [G, H, M, Dv + 2], in float32 at least: the values' sum with weights exp(score - highest score), the sum of
+        these weights, and the highest score.
     """
     scores = scoring.capped(tf.matmul(q, k, transpose_b=True))
+    # A choice, not a sum: what is not visible may hold anything, NaN included.
     scores = tf.where(mask, scores, tf.constant(scores.dtype.min, scores.dtype))
     top = tf.reduce_max(scores, axis=-1, keepdims=True)
     weights = tf.exp(scores - top)
     values = tf.matmul(tf.cast(weights, v.dtype), v)
-    return joined(values, top, tf.reduce_sum(weights, axis=-1, keepdims=True))
+    return joined(values, tf.reduce_sum(weights, axis=-1, keepdims=True), top)
 
 
-def joined(values: _Tensor, top: _Tensor, total: _Tensor) -> _Tensor:
+def joined(values: _Tensor, total: _Tensor, top: _Tensor) -> _Tensor:
     """What :func:`attend_partly` returns, of its parts."""
-    return tf.concat((tf.cast(values, top.dtype), top, total), axis=-1)
+    return tf.concat((tf.cast(values, top.dtype), total, top), axis=-1)
 
 
 def merged(partials: Sequence[_Tensor]) -> _Tensor:
     """What one softmax over the keys of all parts gives, [B, H, M, Dv]."""
     size = partials[0].shape[-1] - 2
-    values, top, total = tf.split(tf.stack(partials), (size, 1, 1), axis=-1)
+    sums, top = tf.split(tf.stack(partials), (size + 1, 1), axis=-1)
     shares = tf.exp(top - tf.reduce_max(top, axis=0))
-    return tf.reduce_sum(shares * values, axis=0) / tf.reduce_sum(shares * total, axis=0)
+    values, total = tf.split(tf.reduce_sum(shares * sums, axis=0), (size, 1), axis=-1)
+    return values / total
 
 
 @dataclass(frozen=True)

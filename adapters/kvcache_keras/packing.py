@@ -16,40 +16,46 @@ from kvcache_keras.store import TensorStore
 
 __all__ = ["group_shapes", "pack", "shared_cuts", "signature"]
 
-WORTH = 1024
-"""Tokens per layer that sharing must spare a step from reading, to be faster than reading row by row."""
+WORTH = 2_500_000
+"""Bytes of K and V in one layer that sharing must spare a step from reading, to save more time than its operations
+take to set up: `python tests/bench/keras_attention.py`."""
 
 
-def pack(plan: StepPlan, store: TensorStore, cuts: Sequence[Cuts] | None = None) -> list[NDArray[Any]]:
+def pack(plan: StepPlan, store: TensorStore, cuts: Sequence[Cuts] = ()) -> list[NDArray[Any]]:
     """The plan as arrays, int32 but for frames, in the order that :func:`signature` says and a step reads.
 
     Args:
         plan: the step's.
         store: where its K and V lie.
-        cuts: from :func:`shared_cuts`, for a graph with levels: what rows share is then listed once.
+        cuts: from :func:`shared_cuts`: what rows share is then listed once. None for row by row.
     """
     arrays: list[Any] = [plan.positions, plan.counts - 1, np.array(store.stride)]
     for number, group in enumerate(plan.groups):
         if group.kind == "state":
             arrays += pack_states(group)
             continue
-        (blocks, first), levels = _visible_blocks(group), list[NDArray[Any]]()
-        if cuts is not None:
-            levels = pack_levels(blocks, cuts[number])
-            blocks, first = blocks[:, cuts[number][-1] :], first + cuts[number][-1] * group.block_size
-        arrays += (group.slots, blocks, first, _tail_slots(group, plan), *levels)
+        blocks, first = _visible_blocks(group)
+        at = cuts[number] if cuts else ()
+        begin = at[-1] if at else 0
+        own = (blocks[:, begin:], first + begin * group.block_size)
+        arrays += (group.slots, *own, _tail_slots(group, plan), *pack_levels(blocks, at))
     tokens = plan.tokens.astype(np.int32) if plan.frames is None else plan.frames
     return [tokens, *(array.astype(np.int32) for array in arrays)]
 
 
-def shared_cuts(plan: StepPlan) -> list[Cuts] | None:
-    """Per layer group, where to cut its tables so that rows read what they share once; None if that spares little."""
+def shared_cuts(plan: StepPlan, store: TensorStore) -> list[Cuts]:
+    """Per layer group, where to cut its tables so that rows read what they share once; equally many cuts in all groups,
+    and none where that would spare little.
+    """
+    groups = plan.groups
     if len(plan.rows) == 1:
-        return None
-    found = [((), 0) if group.kind == "state" else cut(_visible_blocks(group)[0]) for group in plan.groups]
-    if max(spared for _, spared in found) * plan.block_size < WORTH:
-        return None
-    return [cuts for cuts, _ in found]
+        return [()] * len(groups)
+    found = [((), 0) if group.kind == "state" else cut(_visible_blocks(group)[0]) for group in groups]
+    levels = 0
+    for (cuts, spared), size in zip(found, store.bytes_per_token, strict=False):
+        if spared * plan.block_size * size >= WORTH:
+            levels = max(levels, len(cuts))
+    return [(0,) * (levels - len(cuts)) + cuts[:levels] for cuts, _ in found]
 
 
 def signature(
@@ -58,7 +64,7 @@ def signature(
     new: int | None,
     frames: tuple[int, str] | None = None,
     *,
-    levels: bool = False,
+    levels: int = 0,
 ) -> list[tf.TensorSpec]:
     """Specs of what :func:`pack` returns.
 
@@ -67,7 +73,7 @@ def signature(
         block_size: tokens per block.
         new: T, or None for any.
         frames: (F, dtype) of a model that takes frames.
-        levels: whether what rows share is listed once.
+        levels: into how many levels of what rows share the tables are cut.
     """
     tokens = tf.TensorSpec([None, new], tf.int32)
     if frames is not None:
@@ -78,11 +84,11 @@ def signature(
     return [tokens, *(tf.TensorSpec(shape, tf.int32) for shape in shapes)]
 
 
-def group_shapes(kind: str, block_size: int, new: int | None, *, levels: bool) -> Sequence[list[int | None]]:
+def group_shapes(kind: str, block_size: int, new: int | None, *, levels: int) -> Sequence[list[int | None]]:
     """Shapes of what stands for a layer group in a packed plan."""
     if kind == "state":
         return STATE_SHAPES
-    return [[None, new], [None, None], [None], [None, block_size], *(LEVEL_SHAPES if levels else ())]
+    return [[None, new], [None, None], [None], [None, block_size], *(LEVEL_SHAPES * levels)]
 
 
 def _visible_blocks(group: GroupPlan) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -47,9 +47,8 @@ class StepRunner:
         self.copy(plan)
         if plan.tokens.shape[1] > 1:
             return self.function("prefill")(*pack(plan, self._store))
-        cuts = shared_cuts(plan)
-        name = "decode" if cuts is None else "decode shared"
-        return self.function(name)(*pack(plan, self._store, cuts))
+        cuts = shared_cuts(plan, self._store)
+        return self.function("decode", len(cuts[0]))(*pack(plan, self._store, cuts))
 
     def run_all(self, plan: StepPlan, slots: NDArray[np.int32]) -> _Tensor:
         """Store the outputs of the new tokens; returns those at ``slots`` [B, T] of the output layer, [B, T, ...]."""
@@ -73,14 +72,15 @@ class StepRunner:
         for number, group in enumerate(plan.groups):
             self._store.copy_blocks(number, group.copies)
 
-    def function(self, name: str) -> Any:
-        """The graph of that name; may be called in another graph."""
-        if name not in self._functions:
+    def function(self, name: str, levels: int = 0) -> Any:
+        """The graph of that name, for steps with so many shared levels; may be called in another graph."""
+        key = f"{name}, {levels} shared" if levels else name
+        if key not in self._functions:
             with tf.init_scope():
-                self._functions[name] = self._make(name)
-        return self._functions[name]
+                self._functions[key] = self._make(name, key, levels)
+        return self._functions[key]
 
-    def _make(self, name: str) -> Any:
+    def _make(self, name: str, key: str, levels: int) -> Any:
         size = self._store.layout.block_size
         if name in _EVERY:
 
@@ -112,13 +112,11 @@ class StepRunner:
             spec = [tf.TensorSpec([None], tf.int32), *signature(self._kv_kinds, size, None)]
             return tf.function(choose, input_signature=spec, autograph=False)
 
-        levels = name == "decode shared"
-
         def run(*packed: _Tensor) -> _Tensor:
-            self.traces[name] += 1
+            self.traces[key] += 1
             return self._run_model(Step(self._store, self._dtype, packed, last_only=True, levels=levels))
 
-        spec = signature(self._kv_kinds, size, None if name == "prefill" else 1, self._frames, levels=levels)
+        spec = signature(self._kv_kinds, size, 1 if name == "decode" else None, self._frames, levels=levels)
         return tf.function(run, input_signature=spec, autograph=False)
 
     def _run_model(self, step: Step) -> _Tensor:

@@ -30,14 +30,14 @@ class Step:
         dtype: the model's dtype of K and V.
         packed: tensors in the order of :func:`kvcache_keras.packing.pack`.
         last_only: whether only each row's last output is wanted.
-        levels: whether the plan lists what rows share once; then every row has one new token.
+        levels: of blocks that rows share, in each layer group; with any, every row has one new token.
     """
 
     store: TensorStore
     dtype: str
     packed: Sequence[_Tensor]
     last_only: bool
-    levels: bool = False
+    levels: int = 0
     selected: bool = False
     used: set[int] = field(default_factory=set)
     shared: dict[Any, Any] = field(default_factory=dict)

@@ -58,6 +58,9 @@ class TensorStore:
     Args:
         layout: what to store.
         num_blocks: usable blocks; the null block comes on top.
+
+    Attributes:
+        bytes_per_token: of each layer group, in one layer.
     """
 
     def __init__(self, layout: BlockLayout, num_blocks: int) -> None:
@@ -66,6 +69,11 @@ class TensorStore:
         self._specs = {
             (layer, array.name): array for layer in range(len(layout.layers)) for array in layout.stored(layer)
         }
+        layers = range(len(layout.layers))
+        self.bytes_per_token = [
+            max(layout.layer_bytes_per_token(layer) for layer in layers if layout.group_of(layer) == group)
+            for group in range(len(layout.groups))
+        ]
         self._graphs: dict[tuple[str, int], Any] = {}
         with tf.init_scope():
             self._arrays = {key: self._allocate(*key) for key in self._specs}

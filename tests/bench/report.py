@@ -31,6 +31,7 @@ ORDER = (
     "hf_decode",
     "hf_memory",
     "keras_decode",
+    "keras_attention",
     "keras_lengths",
     "keras_hub_attached",
     "keras_activation",
