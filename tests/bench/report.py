@@ -21,6 +21,7 @@ ORDER = (
     "torch_prefix",
     "torch_batch",
     "torch_requests",
+    "torch_chunk",
     "torch_beam",
     "torch_score",
     "streaming_speech",

@@ -1,8 +1,7 @@
-"""PyTorch: many requests at once, one long prompt in chunks, and drafts, each against the plain way."""
+"""PyTorch: many requests at once, and drafts, each against the plain way."""
 
 from __future__ import annotations
 
-import resource
 import warnings
 
 import numpy as np
@@ -16,7 +15,7 @@ from transformers import DynamicCache
 import llama_torch
 from kvcache_torch import KVCache, generate
 
-SEQUENTIAL, WHOLE, PLAIN = "transformers generate, one by one", "in one step", "without drafts"
+SEQUENTIAL, PLAIN = "transformers generate, one by one", "without drafts"
 LOOKUP = "transformers, prompt_lookup_num_tokens"
 
 
@@ -58,27 +57,6 @@ def requests(quick: bool) -> Row:
     return Row.of(case, "s", samples, targets={SEQUENTIAL: 0.5}, extra={"share of equal answers": float(equal)})
 
 
-def chunks(quick: bool) -> Row:
-    """A prompt of 4,096 tokens, 1,024 at a time."""
-    length = 1024 if quick else 4096
-    model, tokens = llama_torch.from_checkpoint(checkpoint()), prompt(length, seed=5)
-    cache = KVCache(size=length // 16 + 8)
-    cache.attach(model, outputs="last")
-
-    def run(chunk: int | None) -> float:
-        def answer() -> None:
-            generate(model, [tokens], max_new_tokens=1, cache=cache, prefill_chunk=chunk)
-
-        cache.clear()
-        return seconds(answer)
-
-    chunk = length // 4
-    samples = alternate({"ours": lambda: run(chunk), WHOLE: lambda: run(None)}, 3 if quick else 5, "chunks")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    extra = {"peak memory of the process with both, GiB": peak}
-    return Row.of(f"prompt of {length:,} tokens, {chunk:,} at a time", "s", samples, targets={WHOLE: 1.1}, extra=extra)
-
-
 def drafts(quick: bool) -> Row:
     """A text that repeats itself: the model is asked to copy."""
     words = "The cache keeps what was computed, and nobody computes it again. "
@@ -111,13 +89,13 @@ def drafts(quick: bool) -> Row:
 
 
 def main(*, quick: bool = False) -> Table:
-    """The three cases."""
+    """Both cases."""
     warnings.simplefilter("ignore")
     text = [
         "The same prompts and numbers of new tokens for all, greedy, cold. Continuous batching: all requests in one "
-        "`generate`. Chunks: what bounding the memory of a long prompt costs. Drafts: prompt lookup; the same tokens "
-        "as without, checked in the run. Ours after `cache.compile()` in the first row. transformers' own continuous "
-        "batching, `generate_batch`, is in the table of prompts behind one prefix: it takes minutes here.",
+        "`generate`. Drafts: prompt lookup; the same tokens as without, checked in the run. Ours after "
+        "`cache.compile()` in the first row. transformers' own continuous batching, `generate_batch`, is in the table "
+        "of prompts behind one prefix: it takes minutes here.",
     ]
-    rows = [requests(quick), chunks(quick), drafts(quick)]
-    return Table("torch_requests", "PyTorch: continuous batching, chunked prefill, speculation", text, rows)
+    rows = [requests(quick), drafts(quick)]
+    return Table("torch_requests", "PyTorch: continuous batching, speculation", text, rows)
