@@ -56,12 +56,10 @@ class Room:
         at = seq.length // self.block_size
         for number, (group, table) in enumerate(zip(self.groups, seq.tables, strict=False)):
             length = row.table_lengths[number]
-            group.pool.release(table[length:])
-            restored = table[:length]
-            if row.copied is not None and row.copied[number]:
-                group.pool.release([table[at]])
-                restored[at] = row.copied[number]
-            seq.tables[number] = restored
+            replaced = row.copied[number : number + 1] if row.copied is not None and row.copied[number] else []
+            held = [*table[:at], *replaced, *table[at:]]
+            group.pool.release(held[length:])
+            seq.tables[number] = held[:length]
 
     def fits_unreserved(self, rows: _Sequence[_Row], seqs: Iterable[Sequence]) -> bool:
         """Whether the rows would fit if ``seqs`` gave back what they reserved ahead."""
@@ -120,16 +118,15 @@ class Room:
             self.index.begin_step(seq.nodes[at])
         lengths = [len(table) for table in seq.tables]
         copied = [0] * len(seq.tables)
-        for number, (group, table) in enumerate(zip(self.groups, seq.tables, strict=False)):
-            replace = copy or (offset > 0 and group.kind == "state")
-            new = max(0, -(-ahead // self.block_size) - len(table))
-            before = at - 1 if replace else len(table) - 1
-            taken = self.blocks.take(number, new + replace, table[before] if before >= 0 else 0, evicted)
-            if replace:
-                copied[number] = table[at]
-                # A new list: plans made before may still read the old one.
-                seq.tables[number] = [*table[:at], taken.pop(0), *table[at + 1 :]]
-            seq.tables[number].extend(taken)
+        for number, (group, before) in enumerate(zip(self.groups, seq.tables, strict=False)):
+            table, new = before, max(0, -(-ahead // self.block_size) - len(before))
+            if copy or (offset > 0 and group.kind == "state"):
+                # What was reserved ahead moves up, so that the row's own blocks stay together. A new list: plans made
+                # before may still read the old one.
+                table, copied[number] = [*before[:at], *before[at + 1 :]], before[at]
+                seq.tables[number] = table
+                new += 1
+            table.extend(self.blocks.take(number, new, table[-1] if table else 0, evicted))
         seq.in_step = True
         seq.room = 0
         tables = tuple(seq.tables)

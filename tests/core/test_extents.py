@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kvcache_core import BlockCache, BlockLayout, LayerSpec
 from kvcache_core.extents import past_extents, shared_extents
+from kvcache_core.placement import count_extents
 
 
 @st.composite
@@ -78,3 +79,53 @@ def test_past_and_new_tokens_are_what_each_row_sees(window, head, tails, block_s
         assert seen == [slot + step for slot, size, _ in extents for step in range(size)]
     core.rollback(plan)
     core.check_valid()
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=6),
+    order=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5)), max_size=40),
+    together=st.booleans(),
+    block_size=st.integers(1, 4),
+)
+def test_rows_that_said_how_far_they_grow_stay_one_extent_each(rows, order, together, block_size):
+    """However their steps interleave."""
+    core = BlockCache(400, block_size=block_size)
+    seqs = [core.open([row] * prompt, max_new_tokens=new) for row, (prompt, new) in enumerate(rows)]
+    for chosen in [seqs] if together else [[seq] for seq in seqs]:
+        core.commit(core.plan(chosen))
+    for pick, count in order:
+        seq = seqs[pick % len(seqs)]
+        room = sum(rows[pick % len(seqs)]) - seq.length
+        if room:
+            core.commit(core.plan([seq], [[99] * min(count, room)]))
+    assert [count_extents(seq.tables[0]) for seq in seqs] == [1] * len(seqs)
+    core.check_valid()
+
+
+@given(
+    shared=st.integers(0, 20),
+    rows=st.integers(2, 6),
+    own=st.integers(1, 12),
+    new=st.integers(1, 12),
+    forked=st.booleans(),
+    block_size=st.integers(1, 4),
+)
+def test_equal_tails_behind_a_shared_prefix_lie_equally_spaced(shared, rows, own, new, forked, block_size):
+    """So that they are one strided view: the prefix is one piece for all rows, the tails are of one size."""
+    core = BlockCache(400, block_size=block_size)
+    head, tails = list(range(shared)), [[50 + row] * own for row in range(rows)]
+    seqs = [core.open([*head, *tails[0]], max_new_tokens=new)]
+    if shared:
+        core.commit(core.plan(seqs, [head]))
+    if forked:
+        seqs += [seqs[0].fork() for _ in range(rows - 1)]
+    else:
+        seqs += [core.open([*head, *tail], max_new_tokens=new) for tail in tails[1:]]
+    core.commit(core.plan(seqs, [[*head, *tail][seq.length :] for seq, tail in zip(seqs, tails, strict=True)]))
+    for at in range(new):
+        plan = core.plan(seqs, [[70 + at]] * rows)
+        alone = [piece for piece in shared_extents(plan.groups[0].extents) if len(piece.rows) == 1]
+        assert [piece.rows for piece in alone] == [(row,) for row in range(rows)]
+        assert len({piece.size for piece in alone}) == 1
+        assert len({right.slot - left.slot for left, right in pairwise(alone)}) == 1
+        core.commit(plan)
