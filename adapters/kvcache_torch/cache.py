@@ -13,23 +13,15 @@ from torch import Tensor, nn
 
 from kvcache_core.binding import ModelSpec
 from kvcache_core.errors import InvalidType, KVCacheWarning, UsageError
-from kvcache_core.frontend import Call, FrontendCache
+from kvcache_core.frontend import Call
 from kvcache_core.layout import BlockLayout
-from kvcache_core.plan import StepPlan
 from kvcache_core.sequence import Sequence as CachedSequence
 from kvcache_core.types import TokenIds
 from kvcache_torch.activation import Site
 from kvcache_torch.attached import AttachedForward
 from kvcache_torch.compiled import compiler_works
 from kvcache_torch.context import autocast_mode, local
-from kvcache_torch.driver import (
-    Driver,
-    device_of,
-    driver_of,
-    evaluating,
-    float_dtype,
-    logits_of,
-)
+from kvcache_torch.driver import Driver, device_of, driver_of, logits_of
 from kvcache_torch.fingerprint import Fingerprint, Parked, source_of
 from kvcache_torch.intercept import Extras
 from kvcache_torch.linear import pack_weights as pack
@@ -37,15 +29,15 @@ from kvcache_torch.linear import unpack_weights as unpack
 from kvcache_torch.native import use_native
 from kvcache_torch.paged import use_paged
 from kvcache_torch.parameters import persistent, values_of
-from kvcache_torch.recompute import recompute, target_scores, widened
-from kvcache_torch.step import Step
-from kvcache_torch.store import TensorStore, stored_dtype_name, torch_dtype
+from kvcache_torch.recompute import recompute
+from kvcache_torch.running import ModelSteps
+from kvcache_torch.store import TensorStore, stored_dtype_name
 from kvcache_torch.transparent import Rows, assemble, reason_to_bypass, rows_of, with_recomputed_gradient
 
 __all__ = ["KVCache"]
 
 
-class KVCache(FrontendCache):
+class KVCache(ModelSteps):
     """A K/V cache for one PyTorch model.
 
     Inside ``with cache:``, ``model(x)`` gives what it gives outside and skips the tokens whose state is
@@ -71,7 +63,6 @@ class KVCache(FrontendCache):
         (True, 8)
     """
 
-    _driver: Driver
     _weights: Fingerprint | None = None
     _parked: Parked | None = None
 
@@ -194,61 +185,7 @@ class KVCache(FrontendCache):
     def _original(self) -> Callable[..., Any]:
         return self.model.forward.original  # type: ignore[no-any-return]
 
-    # ---- running the model ---------------------------------------------------------------------
-
-    def _run(self, plan: StepPlan, *, last_only: bool) -> Tensor:
-        """The model over a plan's new tokens: [B, T, ...], or [B, 1, ...] if only the last is wanted."""
-        store = self.store
-        step = Step(plan, store, torch_dtype(self.spec.dtype))
-        local.begin(step, last_only)
-        try:
-            output = self._driver.run(self._input(plan), step)
-        finally:
-            local.end()
-        if last_only and output.shape[1] != 1:
-            rows = torch.arange(output.shape[0], device=output.device)
-            output = output[rows, step.last_index].unsqueeze(1)
-        return output
-
-    def _input(self, plan: StepPlan) -> Tensor:
-        """What the model is run on: token ids [B, T], or frames [B, T, F]."""
-        if plan.frames is None:
-            return torch.from_numpy(plan.tokens).to(self.store.device)
-        return torch.from_numpy(plan.frames).to(self.store.device, float_dtype(self.model))
-
-    def _run_step(self, plan: StepPlan) -> np.ndarray[Any, Any]:
-        return widened(self._last_logits(plan)).cpu().numpy()
-
-    def _run_greedy(self, plan: StepPlan) -> np.ndarray[Any, Any]:
-        return self._last_logits(plan).argmax(dim=-1).cpu().numpy()
-
-    def _run_all(self, plan: StepPlan) -> np.ndarray[Any, Any]:
-        return widened(self._all_logits(plan)).cpu().numpy()
-
-    def _run_greedy_all(self, plan: StepPlan) -> np.ndarray[Any, Any]:
-        return self._all_logits(plan).argmax(dim=-1).cpu().numpy()
-
-    def _run_top(self, plan: StepPlan, count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        logits = widened(self._last_logits(plan))
-        best, tokens = logits.topk(min(count, logits.shape[-1]), dim=-1)
-        return (best.double() - logits.logsumexp(dim=-1, keepdim=True).double()).cpu().numpy(), tokens.cpu().numpy()
-
-    def _run_scores(
-        self, plan: StepPlan, targets: np.ndarray[Any, Any]
-    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        logits = widened(self._all_logits(plan))
-        scores, chosen = target_scores(logits, torch.from_numpy(targets).to(logits.device))
-        return scores.cpu().numpy(), chosen.cpu().numpy()
-
-    def _all_logits(self, plan: StepPlan) -> Tensor:
-        """[B, T, V] behind every new token."""
-        with evaluating(self.model), torch.no_grad():
-            return self._run(plan, last_only=False)
-
-    def _last_logits(self, plan: StepPlan) -> Tensor:
-        """[B, V] behind each row's last token."""
-        with evaluating(self.model), torch.no_grad():
-            return self._run(plan, last_only=True)[:, 0]
+    # ---- for generation without a cache, and for kvcache_core.testing -----------------------------
 
     def recompute(self, rows: list[list[int]]) -> np.ndarray[Any, Any]:
         """Logits behind each row's last token, without the cache."""
