@@ -21,7 +21,7 @@ from kvcache_torch.context import local
 from kvcache_torch.driver import Driver, device_of, logits_of, recording
 from kvcache_torch.hf_calls import refuse_other_state
 from kvcache_torch.hf_cross import CrossStates, Source
-from kvcache_torch.hf_linear import fast_linear
+from kvcache_torch.hf_linear import FastLinear
 from kvcache_torch.hf_step import (
     NeedsReturned,
     RecordingStepCache,
@@ -60,6 +60,8 @@ class HFDecoder(Driver):
         self.positions_from_mask = from_mask and not self.counts_columns
         self.has_encoder = bool(model.config.is_encoder_decoder)
         self.cross = CrossStates()
+        head = model.get_output_embeddings()
+        self.fast = FastLinear([*self.decoder.modules(), *([] if head is None else [head])])
         self.returns = not model._supports_attention_backend
         """Whether the layers get K and V returned, because they call no registered attention function."""
         self.described = False
@@ -112,7 +114,7 @@ class HFDecoder(Driver):
         if self.has_encoder:
             raise InvalidInput("an encoder-decoder model needs its encoder's input too: use model.generate")
         view = self._view(step.plan)
-        with self._inside(view), fast_linear(tokens.numel()):
+        with self._inside(view), self.fast.inside():
             arguments = self._arguments(step.positions, view, view.mask)
             output = self.model.forward.original(input_ids=tokens, **arguments)
         return logits_of(output)

@@ -21,7 +21,6 @@ from kvcache_torch.hf_calls import named, reason_to_refuse, wants_gradient, with
 from kvcache_torch.hf_cross import Source, digests_of
 from kvcache_torch.hf_decoder import HFDecoder
 from kvcache_torch.hf_ended import AttachedCriteria, without_ended
-from kvcache_torch.hf_linear import fast_linear
 from kvcache_torch.hf_pass import Pass
 from kvcache_torch.hf_rows import Columns, columns_of, shifts_of
 from kvcache_torch.hf_step import state
@@ -113,7 +112,7 @@ class HFDriver(HFDecoder):
         routed[self.cache_name] = past
         ids = arguments["decoder_input_ids" if self.has_encoder else "input_ids"]
         try:
-            with fast_linear(ids.numel()):
+            with self.fast.inside():
                 return self._decode(routed) if self.decoder is self.model else original(**routed)
         except (CacheFull, Refused) as error:
             if not past.transparent:

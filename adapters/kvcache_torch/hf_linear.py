@@ -3,39 +3,63 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
+import threading
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from kvcache_torch.linear import linear
 
-__all__ = ["fast_linear"]
-
-_FEW = 32
-"""Rows up to which reading the weights is what a linear layer takes its time for."""
+__all__ = ["FastLinear"]
 
 
-class _FastLinear(TorchFunctionMode):
-    """Sends ``F.linear`` over few rows to :func:`kvcache_torch.linear`; nothing in the model changes."""
+class _Local(threading.local):
+    """Whether this thread is in a call that a cache serves."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.linear and not kwargs and _is_plain(*args):
-            return linear(*args)
-        return func(*args, **(kwargs or {}))
+    fast: bool = False
 
 
-def fast_linear(tokens: int) -> AbstractContextManager[Any]:
-    """For the time of a call over so many new tokens: its linear layers go through :func:`kvcache_torch.linear`."""
-    return _FastLinear() if tokens <= _FEW and not torch.is_autocast_enabled("cpu") else contextlib.nullcontext()
+_local = _Local()
 
 
-def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Few rows, and no tensors that know better themselves, like quantised weights."""
-    return type(x) is Tensor and type(weight) in (Tensor, nn.Parameter) and 0 < x.numel() <= _FEW * x.shape[-1]
+class FastLinear:
+    """Sends a model's plain linear layers through :func:`kvcache_torch.linear` for the time of a call.
+
+    A layer's ``forward`` is replaced in its instance's dictionary while a thread is inside and taken back behind it, so
+    that nothing of it stays in the model. A thread that runs the model outside meanwhile gets the layer's own. Layers
+    of a derived class, and layers whose ``forward`` somebody else has replaced, are left alone.
+
+    Args:
+        modules: the modules among which the linear layers are.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        layers = {id(module): module for module in modules if type(module) is nn.Linear}.values()
+        self._layers = [(vars(layer), partial(_forward, layer)) for layer in layers]
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """For the time of a call in this thread."""
+        for own, forward in self._layers:
+            own.setdefault("forward", forward)
+        before, _local.fast = _local.fast, True
+        try:
+            yield
+        finally:
+            _local.fast = before
+            for own, forward in self._layers:
+                if own.get("forward") is forward:
+                    own.pop("forward", None)
+
+
+def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    """``nn.Linear.forward``; no tensors that know better themselves, like quantised weights, take the fast way."""
+    weights = layer._parameters
+    weight = weights.get("weight")
+    if torch.compiler.is_compiling() or not _local.fast or type(x) is not Tensor or not x.numel():
+        return nn.Linear.forward(layer, x)
+    if type(weight) is not nn.Parameter or "bias" not in weights:
+        return nn.Linear.forward(layer, x)
+    return linear(x, weight, weights["bias"])

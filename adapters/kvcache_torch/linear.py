@@ -46,7 +46,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     There the usual BLAS reads the weights at a third of the memory's speed; oneDNN, which PyTorch carries along, reads
     them twice as fast, and three times from weights that :func:`pack_weights` has brought into its order. So does,
     without a copy, a kernel in C that is in use after ``cache.compile()``, for up to 16 rows. Everywhere else (another
-    dtype or device, gradients wanted) this is ``F.linear``.
+    dtype or device, autocast, gradients wanted) this is ``F.linear``.
 
     Args:
         x: [..., in].
@@ -63,6 +63,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         True
     """
     if not _HAS_ONEDNN or x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     wants_gradient = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and wants_gradient:

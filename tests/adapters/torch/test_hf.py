@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -406,10 +407,10 @@ def test_an_encoder_decoders_rows_end_too() -> None:
 # ---- linear layers ------------------------------------------------------------------------------------------------
 
 
-def test_linear_layers_of_few_rows_take_the_fast_way(
+def test_linear_layers_take_the_fast_way_inside(
     model: Any, cache: KVCache, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seven a layer and the head, in steps of few rows inside the cache alone; not where autocast casts them."""
+    """Seven a layer and the head, inside the cache alone; nothing of it stays in the model."""
     rows: list[int] = []
 
     def counting(x: torch.Tensor, *weights: Any) -> torch.Tensor:
@@ -421,14 +422,45 @@ def test_linear_layers_of_few_rows_take_the_fast_way(
     plain = model.generate(long, **GREEDY)
     assert not rows
     assert torch.equal(model.generate(long, **GREEDY, past_key_values=HFCache(cache)), plain)
-    assert rows == [2] * (4 * (2 * 7 + 1))  # the prompt has 90 rows
+    assert rows == [90] * (2 * 7) + [2] + [2] * (4 * (2 * 7 + 1))  # the head is run on the last tokens
+    assert not any("forward" in vars(module) for module in model.modules() if isinstance(module, torch.nn.Linear))
     rows.clear()
     generate(model, long.tolist(), max_new_tokens=5, cache=cache)
     assert rows
-    rows.clear()
-    weight = torch.randn(3, 8)
-    with torch.autocast("cpu", torch.bfloat16), hf_linear.fast_linear(1):
-        assert torch.nn.functional.linear(torch.randn(1, 8), weight).dtype == torch.bfloat16
-    with hf_linear.fast_linear(1):
-        torch.nn.functional.linear(torch.randn(33, 8), weight)
-    assert not rows
+
+
+def test_only_plain_linear_layers_of_this_thread_take_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.nn.Parameter] = []
+
+    def noting(x: torch.Tensor, weight: torch.nn.Parameter, bias: Any) -> torch.Tensor:
+        seen.append(weight)
+        return linear(x, weight, bias)
+
+    class Own(torch.nn.Linear):
+        pass
+
+    def hooked(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    monkeypatch.setattr(hf_linear, "linear", noting)
+    plain, derived, replaced, normed = (
+        build(8, 8) for build in (torch.nn.Linear, Own, torch.nn.Linear, torch.nn.Linear)
+    )
+    replaced.forward = hooked  # type: ignore[method-assign]
+    torch.nn.utils.spectral_norm(normed)  # its weight is computed anew at each call
+    normed.eval()
+    layers, x = (plain, derived, replaced, normed), torch.randn(3, 8)
+    with torch.no_grad():
+        expected = [layer(x) for layer in layers]
+        with hf_linear.FastLinear(layers).inside():
+            inside = [layer(x) for layer in layers]
+            assert seen == [plain.weight]
+            with ThreadPoolExecutor(1) as pool:
+                assert torch.equal(pool.submit(plain, x).result(), expected[0])
+            assert len(seen) == 1
+            with torch.autocast("cpu", torch.bfloat16):
+                assert plain(x).dtype == torch.bfloat16
+    for one, other in zip(inside, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    assert vars(replaced)["forward"] is hooked
+    assert not any("forward" in vars(layer) for layer in (plain, derived, normed))
