@@ -41,7 +41,6 @@ class Site(ActivationSite):
         self.identity = ModuleIdentity(identity, type(module).__name__)
         self._identity = (identity or "").encode()
         self._number = cache.sites.number(module).to_bytes(8, "little")
-        self._weights: Fingerprint | None = None
         self.pending: OrderedDict[int, tuple[EntryLookup, EntryForm | None, Tree | None]] = OrderedDict()
         self._numbers = itertools.count(1)
 
@@ -74,9 +73,7 @@ class Site(ActivationSite):
     @property
     def weights(self) -> Fingerprint:
         """What notices changed weights."""
-        if self._weights is None or not self._weights.is_of(self.module):
-            self._weights = Fingerprint(self.module, self._cache.verify)
-        return self._weights
+        return self._cache.weights_of(self.module)
 
     def namespace(self) -> bytes:
         """What stands for the weights as they are now, the module, the salt."""

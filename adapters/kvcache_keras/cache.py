@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -65,7 +66,7 @@ class KVCache(FrontendCache):
         super().__init__(*args, **kwargs)
         self.pending = PendingCalls()
         self._runner: StepRunner | None = None
-        self._weights: Fingerprint | None = None
+        self._weights: weakref.WeakKeyDictionary[Any, Fingerprint] = weakref.WeakKeyDictionary()
         self._routes: Routes | None = None
         self._undo: list[Callable[[], Any]] = []
 
@@ -147,10 +148,11 @@ class KVCache(FrontendCache):
                 yield dtype, values.view(f"u{values.dtype.itemsize}")
 
     def weights_of(self, model: Any) -> Fingerprint:
-        """What notices that the model's weights change."""
-        if self._weights is None or not self._weights.is_of(model):
-            self._weights = Fingerprint(model, self.verify)
-        return self._weights
+        """What notices that the weights of the model, or of an attached part, change; also while it is detached."""
+        known = self._weights.get(model)
+        if known is None or not known.is_of(model):
+            known = self._weights[model] = Fingerprint(model, self.verify)
+        return known
 
     def _install(self, model: Any) -> None:
         if not isinstance(model, keras.layers.Layer):
@@ -177,7 +179,7 @@ class KVCache(FrontendCache):
         if model is not self.model or not self._undo:
             vars(model)["call"].uninstall()
             return
-        self._runner = self._weights = None
+        self._runner = None
         while self._undo:
             self._undo.pop()()
 

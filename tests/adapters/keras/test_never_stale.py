@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import keras
 import numpy as np
 import pytest
@@ -240,3 +242,95 @@ def test_weights_updated_between_two_generations_of_a_training_run():
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean(model(tf.constant(ids(1, 20, seed=1))) ** 2)
         optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+
+
+# ---- large weights: what a sample of the content would miss ----------------------------------------------------------
+
+
+def an_element(variable):
+    variable.scatter_nd_update([[700, 30]], [9.0])
+
+
+def a_row_by_slice(variable):
+    variable[700].assign(tf.ones(variable.shape[1]))
+
+
+def an_element_by_assign(variable):
+    values = variable.numpy()
+    values[700, 30] += 1e-3
+    variable.assign(values)
+
+
+def in_a_graph(variable):
+    tf.function(lambda: variable.assign_sub(tf.one_hot(700, 1000)[:, None] * tf.ones(variable.shape)))()
+
+
+def compiled_by_xla(variable):
+    tf.function(lambda: variable.assign_sub(tf.ones(variable.shape) * 1e-4), jit_compile=True)()
+
+
+def past_tensorflow(variable):
+    address = np.from_dlpack(variable.value()).ctypes.data
+    memory = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), tuple(variable.shape))
+    memory *= 1.5
+
+
+EDITS = [an_element, a_row_by_slice, an_element_by_assign, in_a_graph, compiled_by_xla]
+
+
+def large():
+    layer = keras.layers.Dense(64)
+    layer.build((None, 1000))
+    cache = KVCache(64)
+    cache.attach(layer, kind="activation")
+    x = tf.constant(np.random.default_rng(0).normal(size=(2, 1000)), tf.float32)
+    return layer, cache, x
+
+
+@settings(max_examples=8)
+@given(st.lists(st.sampled_from(EDITS), min_size=1, max_size=3), st.booleans())
+def test_the_first_look_finds_an_edit_of_a_large_weight(edits, graph):
+    layer, cache, x = large()
+    with cache:
+        called = tf.function(layer) if graph else layer
+        called(x)
+        for count, edit in enumerate(edits, 1):
+            called(x)
+            assert cache.stats().hit_entries == 2 * count, "and unchanged weights are served"
+            edit(layer.kernel.value)
+            expected = tf.matmul(x, layer.kernel.value) + layer.bias
+            np.testing.assert_allclose(called(x), expected, rtol=1e-3, atol=1e-4)
+            assert cache.stats().miss_entries == 2 * (count + 1), edit.__name__
+
+
+def test_all_elements_written_past_tensorflow():
+    layer, cache, x = large()
+    with cache:
+        layer(x)
+        past_tensorflow(layer.kernel.value)
+        np.testing.assert_allclose(layer(x), tf.matmul(x, layer.kernel.value) + layer.bias, rtol=1e-3, atol=1e-4)
+    assert cache.stats().hit_entries == 0
+
+
+def test_an_edit_while_the_module_is_detached():
+    layer, cache, x = large()
+    with cache:
+        layer(x)
+    cache.detach(layer)
+    an_element(layer.kernel.value)
+    cache.attach(layer, kind="activation")
+    with cache:
+        np.testing.assert_allclose(layer(x), tf.matmul(x, layer.kernel.value) + layer.bias, rtol=1e-3, atol=1e-4)
+    assert cache.stats().hit_entries == 0
+
+
+def test_the_same_values_elsewhere_in_memory_are_no_change():
+    layer, cache, x = large()
+    with cache:
+        layer(x)
+        layer.kernel.assign(layer.kernel.numpy())
+        layer(x)
+        tf.gather(layer.kernel.value, [1])  # from now on each read of the variable is a copy
+        layer(x)
+        layer(x)
+    assert cache.stats().hit_entries == 6
