@@ -239,9 +239,6 @@ class KVCache(FrontendCache):
             if count == 1 or np.isin(first, list(eos_ids)).any():
                 return first
             return np.concatenate((first, self.decode_greedy(seqs, first.tolist(), count - 1, eos_ids)), axis=1)
-        blocks = -(-max(seq.length + count for seq in seqs) // self.core.block_size) if seqs else 0
-        if blocks * len(seqs) > self.core.num_blocks:
-            return super().decode_greedy(seqs, token_ids, count, eos_ids)
         if self._weights_changed():
             self.refresh()
         for ids in token_ids:
@@ -254,10 +251,14 @@ class KVCache(FrontendCache):
             return super().decode_greedy(seqs, token_ids, count, eos_ids)
         try:
             with not_recording():
-                chosen = self.runner.choose(plan, eos_ids).astype(np.int64)
+                found = self.runner.choose(plan, eos_ids)
         except BaseException:
             self.core.rollback(plan)
             raise
+        if found is None:
+            self.core.rollback(plan)
+            return super().decode_greedy(seqs, token_ids, count, eos_ids)
+        chosen = found.astype(np.int64)
         self.core.commit(plan, [[*ids, *row[:-1]] for ids, row in zip(token_ids, chosen.tolist(), strict=True)])
         return chosen
 

@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from kvcache_keras.kernels import Part, Scoring, attend_parts
+from kvcache_keras.levels import Level, joined, merged
 from kvcache_keras.step import Step
 
 __all__ = ["choose_greedily"]
@@ -16,6 +17,19 @@ __all__ = ["choose_greedily"]
 _Tensor = Any
 _SHORT = 384
 """Tokens of context up to which the multiplication that takes less time to set up is the faster one."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a layer has before the loop.
+
+    Attributes:
+        parts: of each row's own, a long one and a short one, of which one is empty.
+        levels: keys [G, H, S, D] and values [G, H, S, Dv] of each shared level.
+    """
+
+    parts: list[Part]
+    levels: list[tuple[_Tensor, _Tensor]]
 
 
 @dataclass
@@ -28,18 +42,30 @@ class LoopStep(Step):
         start: int32 [B, 1], position of the loop's first token.
     """
 
-    context: dict[int, list[Part]] = field(default_factory=dict)
+    context: dict[int, Context] = field(default_factory=dict)
     own: dict[int, Part] = field(default_factory=dict)
     start: _Tensor = None
+
+    @property
+    def stored(self) -> _Tensor:
+        """int32 [B, 1], the position before the loop."""
+        return self.start - 1
 
     def attend(self, q: _Tensor, k: _Tensor, v: _Tensor, layer: int | None, scoring: Scoring) -> _Tensor:
         """As :meth:`Step.attend`, for one token per row."""
         layer = len(self.used) if layer is None else layer
         self.check(q, k, v, layer, scoring.window)
         self.own[layer] = self._grown(layer, k, v)
-        number = self.store.layout.group_of(layer)
-        parts = [*self.context[layer], self.own[layer]]
-        return attend_parts(q, parts, self._sizes(number, parts), self._bias(number, scoring.window), scoring)
+        number, context, heads = self.store.layout.group_of(layer), self.context[layer], q.shape[2]
+        parts = [*context.parts, self.own[layer]]
+        q = self.grouped(q, layer, scoring)
+        sizes, bias = self._sizes(number, parts), self._bias(number, scoring.window)
+        values, total, top = attend_parts(q, parts, sizes, bias, scoring)
+        if self.levels:
+            y = merged([joined(values, total, top), *self.attend_levels(q, number, context.levels, scoring)])
+        else:
+            y = values / tf.cast(total, values.dtype)
+        return tf.reshape(tf.cast(y, q.dtype), (-1, 1, heads, y.shape[3]))
 
     def _grown(self, layer: int, k: _Tensor, v: _Tensor) -> Part:
         """The layer's own part with the step's K and V, as the store would have rounded them."""
@@ -88,7 +114,7 @@ def choose_greedily(step: Step, run_model: Callable[[Step], _Tensor], eos_ids: _
 
     def body(at: _Tensor, token: _Tensor, chosen: _Tensor, _: _Tensor, *own: list[_Tensor]) -> list[Any]:
         packed = [token, step.positions[:, at : at + 1], step.last_index * 0, *step.packed[3:]]
-        now = LoopStep(step.store, step.dtype, packed, True, context=context, start=step.positions[:, :1])
+        now = LoopStep(step.store, step.dtype, packed, True, step.levels, context=context, start=step.positions[:, :1])
         now.own = {layer: Part(k, v, is_long=False) for layer, k, v in zip(layers, *own, strict=True)}
         token = tf.argmax(run_model(now)[:, 0], axis=-1, output_type=tf.int32)[:, None]
         ended = tf.reduce_any(token == eos_ids)
@@ -96,8 +122,8 @@ def choose_greedily(step: Step, run_model: Callable[[Step], _Tensor], eos_ids: _
         return [at + 1, token, tf.concat((chosen, token), axis=1), ended, keys, values]
 
     start = [tf.constant(0), step.tokens[:, :1], tf.zeros((rows, 0), tf.int32), tf.constant(False)]
-    start += [[context[layer][0].keys[..., :0] for layer in layers]]
-    start += [[context[layer][0].values[:, :, :0] for layer in layers]]
+    start += [[context[layer].parts[0].keys[..., :0] for layer in layers]]
+    start += [[context[layer].parts[0].values[:, :, :0] for layer in layers]]
     shapes = tf.nest.map_structure(lambda x: tf.TensorShape([None] * len(x.shape)), start)
     shapes[1] = tf.TensorShape([None, 1])
     shapes[4] = [tf.TensorShape([None, *keys.shape[1:3], None]) for keys in start[4]]
@@ -113,18 +139,31 @@ def choose_greedily(step: Step, run_model: Callable[[Step], _Tensor], eos_ids: _
     return chosen
 
 
-def _context(step: Step, layer: int) -> list[Part]:
-    """What the layer has before the loop, as a long part and a short one, of which one is empty."""
+def _context(step: Step, layer: int) -> Context:
     number = step.store.layout.group_of(layer)
     key = ("known", number)
     if key not in step.shared:
-        step.shared[key] = (step.visible_positions(number) < step.positions[:, :1])[:, None, :, None]
-    k, v = (step.read(layer, name, step.dtype) for name in "kv")
-    k, v = (tf.where(step.shared[key], x, tf.zeros((), x.dtype)) for x in (k, v))
+        step.shared[key] = step.visible_positions(number) < step.positions[:, :1]
+    k, v = _known(step, layer, step.shared[key])
     count = tf.shape(v)[2]
     long = tf.where(count > _SHORT, count, 0)
     k = tf.transpose(k, (0, 1, 3, 2))
-    return [
+    parts = [
         Part(k[..., :long], v[:, :, :long], is_long=True),
         Part(k[..., long:], v[:, :, long:], is_long=False),
     ]
+    levels = []
+    for level in step.levels_of(number):
+        key = ("known", id(level))
+        if key not in step.shared:
+            # A group's rows have the same blocks; what one of them knows there they all know.
+            known = level.positions(step.store.layout.block_size) < step.positions[:, :1]
+            step.shared[key] = tf.gather(known, level.members[:, 0])
+        levels.append(_known(step, layer, step.shared[key], level))
+    return Context(parts, levels)
+
+
+def _known(step: Step, layer: int, known: _Tensor, level: Level | None = None) -> tuple[_Tensor, _Tensor]:
+    """Keys and values [B or G, H, S, D], zeros where nothing was before the loop: ``known`` is bool [B or G, S]."""
+    k, v = (step.read(layer, name, step.dtype, level) for name in "kv")
+    return tuple(tf.where(known[:, None, :, None], x, tf.zeros((), x.dtype)) for x in (k, v))

@@ -105,30 +105,31 @@ def attend(q: _Tensor, k: _Tensor, v: _Tensor, mask: _Tensor | None, scoring: Sc
     return reshape(y, (batch, new, heads, value_size))
 
 
-def attend_parts(q: _Tensor, parts: Sequence[Part], sizes: _Tensor, bias: _Tensor, scoring: Scoring) -> _Tensor:
-    """:func:`attend` for one token per row, over a context that lies in several parts.
+def attend_parts(
+    q: _Tensor, parts: Sequence[Part], sizes: _Tensor, bias: _Tensor, scoring: Scoring
+) -> tuple[_Tensor, _Tensor, _Tensor]:
+    """Attention of one token per row over a context that lies in several parts, not divided yet.
 
     Args:
-        q: [B, 1, Hq, D].
+        q: [B, H, M, D], scaled.
         parts: keys and values, finite everywhere.
         sizes: int32 [parts], the keys in each.
         bias: [B, 1, 1, S], added to the scores of all parts' S keys.
-        scoring: scale and softcap.
+        scoring: softcap.
 
     Returns:
-        [B, 1, Hq, Dv].
+        The values' sum [B, H, M, Dv] with weights exp(score - highest score), the sum of these weights [B, H, M, 1],
+        and the highest score [B, H, M, 1].
     """
-    heads, size = q.shape[2:]
-    kv_heads, value_size = parts[0].values.shape[1], parts[0].values.shape[3]
-    q = tf.reshape(scoring.scaled(q), (-1, kv_heads, heads // kv_heads, size))
     scores = tf.concat([part.matmul(q, part.keys) for part in parts], axis=-1)
     scores = scoring.capped(scores) + bias
     # TensorFlow's own softmax takes longer to set up than to compute, and would be put in if the division came first.
-    weights = tf.exp(scores - tf.reduce_max(scores, axis=-1, keepdims=True))
+    top = tf.reduce_max(scores, axis=-1, keepdims=True)
+    weights = tf.exp(scores - top)
     total = tf.reduce_sum(weights, axis=-1, keepdims=True)
     shares = tf.split(tf.cast(weights, q.dtype), sizes, axis=-1, num=len(parts))
-    y = tf.add_n([part.matmul(share, part.values) for share, part in zip(shares, parts, strict=True)])
-    return tf.reshape(y / tf.cast(total, y.dtype), (-1, 1, heads, value_size))
+    values = tf.add_n([part.matmul(share, part.values) for share, part in zip(shares, parts, strict=True)])
+    return values, total, top
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from kvcache_keras.kernels import Scoring, causal_mask
+from kvcache_keras.kernels import Scoring
 
 __all__ = ["LEVELS", "LEVEL_SHAPES", "Level", "attend_partly", "cut", "joined", "merged", "pack_levels"]
 
@@ -147,8 +147,22 @@ class Level:
         rows = tf.transpose(tf.reshape(x, (groups, heads, each, many, size)), (0, 2, 1, 3, 4))
         return tf.gather(tf.reshape(rows, (groups * each, heads, many, size)), self.places)
 
-    def mask(self, positions: _Tensor, window: int | None, many: int, block_size: int) -> _Tensor:
-        """Bool [G, 1, R * M, S] of what the groups' rows at ``positions`` [B, 1] see of the level."""
-        keys = self.first[:, None] + tf.range(tf.shape(self.blocks)[1] * block_size)
-        mask = tf.gather(causal_mask(positions, keys, window)[:, 0], self.members)
-        return tf.repeat(mask, many, axis=1)[:, None]
+    def positions(self, block_size: int) -> _Tensor:
+        """int32 [B, S]: where the level's tokens stand in each row."""
+        return self.first[:, None] + tf.range(tf.shape(self.blocks)[1] * block_size)
+
+    def mask(self, positions: _Tensor, known: _Tensor, window: int | None, many: int, block_size: int) -> _Tensor:
+        """Bool [G, 1, R * M, S] of what the groups' rows see of the level.
+
+        Args:
+            positions: int32 [B, 1], of the rows' tokens.
+            known: int32 [B, 1], the last position whose K and V are in the level's blocks.
+            window: of the layers.
+            many: M, queries per row.
+            block_size: tokens per block.
+        """
+        keys = self.positions(block_size)
+        mask = keys <= known
+        if window is not None:
+            mask &= keys > positions - window
+        return tf.repeat(tf.gather(mask, self.members), many, axis=1)[:, None]

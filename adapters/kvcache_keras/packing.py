@@ -14,7 +14,7 @@ from kvcache_keras.levels import LEVEL_SHAPES, Cuts, cut, pack_levels
 from kvcache_keras.states import STATE_SHAPES, pack_states
 from kvcache_keras.store import TensorStore
 
-__all__ = ["group_shapes", "pack", "shared_cuts", "signature"]
+__all__ = ["blocks_read", "group_shapes", "pack", "shared_cuts", "signature"]
 
 WORTH = 2_500_000
 """Bytes of K and V in one layer that sharing must spare a step from reading, to save more time than its operations
@@ -48,7 +48,7 @@ def shared_cuts(plan: StepPlan, store: TensorStore) -> list[Cuts]:
     and none where that would spare little.
     """
     groups = plan.groups
-    if len(plan.rows) == 1:
+    if len(plan.rows) < 2:
         return [()] * len(groups)
     found = [((), 0) if group.kind == "state" else cut(_visible_blocks(group)[0]) for group in groups]
     levels = 0
@@ -56,6 +56,17 @@ def shared_cuts(plan: StepPlan, store: TensorStore) -> list[Cuts]:
         if spared * plan.block_size * size >= WORTH:
             levels = max(levels, len(cuts))
     return [(0,) * (levels - len(cuts)) + cuts[:levels] for cuts, _ in found]
+
+
+def blocks_read(plan: StepPlan, cuts: Sequence[Cuts]) -> int:
+    """Blocks that a step reads in a layer; of the layer group with the most."""
+    counts = [0]
+    for group, at in zip(plan.groups, cuts, strict=True):
+        if group.kind != "state":
+            blocks, _ = _visible_blocks(group)
+            own = blocks[:, at[-1] :] if at else blocks
+            counts.append(own.size + sum(array.size for array in pack_levels(blocks, at)[::3]))
+    return max(counts)
 
 
 def signature(

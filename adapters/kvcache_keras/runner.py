@@ -15,7 +15,7 @@ from kvcache_core.plan import StepPlan
 from kvcache_keras.context import outside, stepping
 from kvcache_keras.greedy import choose_greedily
 from kvcache_keras.kernels import dimensions, reshape
-from kvcache_keras.packing import pack, shared_cuts, signature
+from kvcache_keras.packing import blocks_read, pack, shared_cuts, signature
 from kvcache_keras.step import Step
 from kvcache_keras.store import TensorStore
 from kvcache_keras.tokenmodel import run_model
@@ -60,11 +60,18 @@ class StepRunner:
         self.copy(plan)
         return self.function(name)(*inputs, *pack(plan, self._store))
 
-    def choose(self, plan: StepPlan, eos_ids: Collection[int]) -> NDArray[np.int32]:
-        """Greedy tokens [B, n] of a plan whose rows have N tokens each, all but the first to be chosen; n <= N."""
+    def choose(self, plan: StepPlan, eos_ids: Collection[int]) -> NDArray[np.int32] | None:
+        """Greedy tokens [B, n] of a plan whose rows have N tokens each, all but the first to be chosen; n <= N.
+
+        None if the rows' context, of which the graph makes a copy, is larger than the pool.
+        """
+        cuts = shared_cuts(plan, self._store)
+        if blocks_read(plan, cuts) > self._store.num_blocks:
+            return None
         self.copy(plan)
         ends = np.array(sorted(eos_ids), np.int32)
-        chosen: NDArray[np.int32] = self.function("loop")(ends, *pack(plan, self._store)).numpy()
+        graph = self.function("loop", len(cuts[0]))
+        chosen: NDArray[np.int32] = graph(ends, *pack(plan, self._store, cuts)).numpy()
         return chosen
 
     def copy(self, plan: StepPlan) -> None:
@@ -105,11 +112,11 @@ class StepRunner:
         if name == "loop":
 
             def choose(eos_ids: _Tensor, *packed: _Tensor) -> _Tensor:
-                self.traces[name] += 1
-                step = Step(self._store, self._dtype, packed, last_only=True)
+                self.traces[key] += 1
+                step = Step(self._store, self._dtype, packed, last_only=True, levels=levels)
                 return choose_greedily(step, self._run_model, eos_ids)
 
-            spec = [tf.TensorSpec([None], tf.int32), *signature(self._kv_kinds, size, None)]
+            spec = [tf.TensorSpec([None], tf.int32), *signature(self._kv_kinds, size, None, levels=levels)]
             return tf.function(choose, input_signature=spec, autograph=False)
 
         def run(*packed: _Tensor) -> _Tensor:

@@ -30,7 +30,7 @@ class Step:
         dtype: the model's dtype of K and V.
         packed: tensors in the order of :func:`kvcache_keras.packing.pack`.
         last_only: whether only each row's last output is wanted.
-        levels: of blocks that rows share, in each layer group; with any, every row has one new token.
+        levels: of blocks that rows share, in each layer group; with any, tokens go through them one per row.
     """
 
     store: TensorStore
@@ -53,6 +53,11 @@ class Step:
         return self.packed[1]
 
     @property
+    def stored(self) -> _Tensor:
+        """int32 [B, T], the last position that the store has K and V of when the tokens attend."""
+        return self.positions
+
+    @property
     def last_index(self) -> _Tensor:
         """int32 [B], index of each row's last new token."""
         return self.packed[2]
@@ -70,26 +75,40 @@ class Step:
         self.write(layer, "k", k)
         self.write(layer, "v", v)
         if self.levels:
-            return self._attend_levels(q, layer, scoring)
+            return self._attend_shared(q, layer, scoring)
         keys, values = (self.read(layer, name, q.dtype) for name in "kv")
         if q.shape[1] == 1:
             return attend(q, keys, values, self.mask(number, scoring.window), scoring)
         first = self.group(number)[2]
         return attend_in_chunks(q, keys, values, self.positions, first, scoring)
 
-    def _attend_levels(self, q: _Tensor, layer: int, scoring: Scoring) -> _Tensor:
+    def _attend_shared(self, q: _Tensor, layer: int, scoring: Scoring) -> _Tensor:
         """Attention of one token per row over its own blocks, and over the shared ones of each level."""
-        number = self.store.layout.group_of(layer)
-        heads, kv_heads, size = q.shape[2], self.store.spec(layer, "k").heads, self.store.spec(layer, "v").size
-        each = heads // kv_heads
-        q = reshape(scoring.scaled(q), (-1, kv_heads, each, q.shape[3]))
+        number, heads = self.store.layout.group_of(layer), q.shape[2]
+        q = self.grouped(q, layer, scoring)
         k, v = (self.read(layer, name, q.dtype) for name in "kv")
-        parts = [attend_partly(q, k, v, self.mask(number, scoring.window)[:, None], scoring)]
-        for level in self.levels_of(number):
-            k, v = (self.read(layer, name, q.dtype, level) for name in "kv")
-            mask = self.level_mask(level, scoring.window, each)
-            parts.append(level.unstacked(attend_partly(level.stacked(q), k, v, mask, scoring), each))
-        return tf.cast(reshape(merged(parts), (-1, 1, heads, size)), q.dtype)
+        own = attend_partly(q, k, v, self.mask(number, scoring.window)[:, None], scoring)
+        levels = [tuple(self.read(layer, name, q.dtype, level) for name in "kv") for level in self.levels_of(number)]
+        y = merged([own, *self.attend_levels(q, number, levels, scoring)])
+        return tf.cast(reshape(y, (-1, 1, heads, y.shape[3])), q.dtype)
+
+    def grouped(self, q: _Tensor, layer: int, scoring: Scoring) -> _Tensor:
+        """Scaled queries [B, 1, Hq, D] by K/V head: [B, H, Hq / H, D]."""
+        heads = self.store.spec(layer, "k").heads
+        return reshape(scoring.scaled(q), (-1, heads, q.shape[2] // heads, q.shape[3]))
+
+    def attend_levels(
+        self, q: _Tensor, number: int, context: Sequence[tuple[_Tensor, _Tensor]], scoring: Scoring
+    ) -> list[_Tensor]:
+        """:func:`attend_partly` of queries [B, H, M, D] over the keys and values of each shared level, by row."""
+        parts, each = [], q.shape[2]
+        for level, (k, v) in zip(self.levels_of(number), context, strict=True):
+            key = ("level mask", id(level), each)
+            if key not in self.shared:
+                size = self.store.layout.block_size
+                self.shared[key] = level.mask(self.positions, self.stored, scoring.window, each, size)
+            parts.append(level.unstacked(attend_partly(level.stacked(q), k, v, self.shared[key], scoring), each))
+        return parts
 
     def with_context(self, x: _Tensor, rows: int, layer: int | None) -> _Tensor:
         """Inputs [B, T, C] of a convolution behind the ``rows`` inputs before them: [B, rows + T, C].
@@ -160,13 +179,6 @@ class Step:
                 first -= tf.shape(arrays[at])[1] * self.store.layout.block_size
                 levels.append(Level(*arrays[at : at + 3], first))
             self.shared[key] = levels
-        return self.shared[key]
-
-    def level_mask(self, level: Level, window: int | None, each: int) -> _Tensor:
-        """Bool [G, 1, R * each, S] of what the rows of each group see of a level."""
-        key = ("level mask", id(level), each)
-        if key not in self.shared:
-            self.shared[key] = level.mask(self.positions, window, each, self.store.layout.block_size)
         return self.shared[key]
 
     def _places(self, number: int, heads: int, which: int) -> _Tensor:

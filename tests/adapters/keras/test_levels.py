@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache_keras import packing
+from kvcache_core.frontend import FrontendCache
+from kvcache_keras import KVCache, packing
 from kvcache_keras.levels import LEVELS, cut, pack_levels
 from tests.adapters.keras.models import KerasBackend
 from tests.reference_decoder import DecoderConfig, Driver, Script, decoder_configs, make_weights
 
 HEADS = (4, 8, 16, 64)
+VOCAB_OF_REFERENCE = DecoderConfig().vocab
 
 
 @st.composite
@@ -119,3 +121,57 @@ def test_one_trace_for_every_tree(monkeypatch: pytest.MonkeyPatch, convs: tuple[
             np.testing.assert_allclose(found, backend.uncached(texts[row])[-1], atol=2e-5, rtol=2e-5)
     assert backend.cache.runner.traces == {"prefill": 1, "decode, 2 shared": 1}
     backend.core.check_valid()
+
+
+def family(cache: KVCache, prompt: list[int], branches: list[tuple[int, list[int]]]) -> tuple[list, list[list[int]]]:
+    """A prompt's sequence and ones that branch off, each from one before it; and a last token for each."""
+    seqs = [cache.open(prompt)]
+    cache.step(seqs, [prompt[seqs[0].num_cached :]])
+    for parent, tokens in branches:
+        seqs.append(seqs[parent % len(seqs)].fork())
+        if tokens:
+            cache.step(seqs[-1:], [tokens])
+    return seqs, [[number % VOCAB_OF_REFERENCE] for number in range(len(seqs))]
+
+
+def test_several_greedy_steps_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop chooses what single steps choose, and leaves the same state behind."""
+    monkeypatch.setattr(packing, "WORTH", 1)
+    shared = Counter[str]()
+    token = st.integers(0, VOCAB_OF_REFERENCE - 1)
+
+    @settings(max_examples=6)
+    @given(
+        decoder_configs(head_sizes=(4, 8, 16), max_layers=2),
+        st.lists(token, min_size=8, max_size=30),
+        st.lists(st.tuples(st.integers(0, 3), st.lists(token, max_size=9)), min_size=1, max_size=4),
+        st.integers(2, 9),
+        st.sampled_from([None, None, "float16"]),
+    )
+    def check(config: DecoderConfig, prompt: list[int], branches: list, count: int, stored: str | None) -> None:
+        backend = KerasBackend(config, make_weights(config), 300, stored=stored)
+        cache = backend.cache
+        one_by_one, in_a_graph = (family(cache, prompt, branches) for _ in range(2))
+        expected = FrontendCache.decode_greedy(cache, *one_by_one, count)
+        np.testing.assert_array_equal(cache.decode_greedy(*in_a_graph, count), expected)
+        cache.core.check_valid()
+        last = expected[:, -1:].tolist()
+        tolerance = 1e-9 if config.dtype == "float64" and stored is None else 2e-5 if stored is None else 2e-2
+        found, right = cache.step(in_a_graph[0], last), cache.step(one_by_one[0], last)
+        np.testing.assert_allclose(found, right, rtol=tolerance, atol=tolerance)
+        shared.update(cache.runner.traces.keys())
+        assert set(cache.runner.traces.values()) == {1}
+
+    check()
+    assert shared["loop, 1 shared"] and shared["loop, 2 shared"]
+
+
+def test_a_copy_of_what_is_shared_fits_where_a_copy_of_the_rows_would_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "WORTH", 1)
+    config = DecoderConfig()
+    cache = KerasBackend(config, make_weights(config), 12).cache
+    seqs, last = family(cache, [1, 2, 3] * 8, [(0, []), (0, [])])
+    chosen = cache.decode_greedy(seqs, last, 4)
+    assert chosen.shape == (3, 4)
+    assert cache.runner.traces == {"prefill": 1, "loop, 1 shared": 1}
+    cache.core.check_valid()
