@@ -140,7 +140,12 @@ class Contenders:
     def ours(self) -> Callable[[int], int]:
         """A step of the sequence, which goes back to the same past first."""
         self.seq.truncate(self.context)
-        return lambda token: int(np.argmax(self.cache.step([self.seq], [[token]])[0]))
+
+        @torch.inference_mode()
+        def step(token: int) -> int:
+            return int(np.argmax(self.cache.step([self.seq], [[token]])[0]))
+
+        return step
 
     def floor(self) -> float:
         """Milliseconds."""
@@ -194,7 +199,8 @@ def main(*, quick: bool = False) -> Table:
     """Both context lengths."""
     rows = [row for context in (1024, 4096) for row in measure(context, 5 if quick else 15)]
     text = [
-        f"Batch 1, greedy. A run is {STEPS} steps; the whole step counts: plan, model, commit and choosing the token. "
+        f"Batch 1, greedy, all in `torch.inference_mode()`. A run is {STEPS} steps; the whole step counts: plan, "
+        "model, commit and choosing the token. "
         "The hand-written cache is the same example model on fixed tensors (`tests/bench/preallocated.py`) with the "
         "same kernels: in the first row PyTorch's, both uncompiled; in the others both compiled as `cache.compile()` "
         "does it, attention in the same kernel in C. So the ratio to it is the cache's own cost. transformers runs "
