@@ -16,7 +16,7 @@ from kvcache_core.cache import BlockCache
 from kvcache_core.entrytiers import EntryTiers
 from kvcache_core.errors import InvalidInput, InvalidType, UsageError
 from kvcache_core.identity import named_identity, weights_identity
-from kvcache_core.layout import BlockLayout, LayerSpec
+from kvcache_core.layout import SCALED_DTYPES, BlockLayout, LayerSpec
 from kvcache_core.quantization import is_exact
 from kvcache_core.sites import Sites
 from kvcache_core.sizes import parse_memory
@@ -124,7 +124,9 @@ class ModelBinding(Adapter):
     @property
     def exact(self) -> bool:
         """Whether stored values are what the model computed: no lossy dtype."""
-        return self.spec is None or self._dtype is None or is_exact(self._dtype, self.spec.dtype)
+        if self.spec is None or self._dtype is None:
+            return self._dtype not in SCALED_DTYPES
+        return is_exact(self._dtype, self.spec.dtype)
 
     def _prepare(self) -> None:
         if self._core is not None:
