@@ -109,7 +109,8 @@ def build(kind: Callable[[], nn.Module]) -> Any:
 
 
 def test_the_table_claims_what_is_tested_here_and_no_more() -> None:
-    mine = {(name, mode) for name in MODELS for mode in MODES} | {("nn.TransformerDecoder", "forward")}
+    mine = {(name, mode) for name in MODELS for mode in MODES}
+    mine |= {("nn.TransformerDecoder", mode) for mode in ("forward", "small pool")}
     assert claimed(TABLE) == mine
 
 
@@ -153,6 +154,27 @@ def test_a_decoder_with_memory() -> None:
         assert cache.stats().hit_tokens == 3 * (5 + 6 + 13 + 19) + 2 * 19  # rows are found by their own memory
     cache.core.check_valid()
     proven(TABLE, "nn.TransformerDecoder", "forward")
+
+
+def test_a_decoder_with_memory_in_a_small_pool() -> None:
+    """Random lengths over two memories; what was evicted is computed again."""
+    model, cache = build(Decoder), KVCache(size=18, block_size=4)
+    cache.attach(model)
+    random = torch.Generator().manual_seed(0)
+    memories = torch.randn(2, 2, 7, WIDTH, generator=random)
+    prompts = torch.randint(0, VOCAB, (3, 2, 24), generator=random)
+    with torch.no_grad():
+        for _ in range(24):
+            which, prompt, length = (int(torch.randint(0, most, (), generator=random)) for most in (2, 3, 24))
+            ids, memory = prompts[prompt, :, : length + 1], memories[which]
+            plain = model(ids, memory)
+            with cache:
+                assert torch.allclose(model(ids, memory), plain, atol=1e-5)
+            cache.core.check_valid()
+    assert cache.stats().evicted_blocks > 0
+    assert cache.stats().hit_tokens > 0
+    assert cache.stats().bypassed_calls == 0
+    proven(TABLE, "nn.TransformerDecoder", "small pool")
 
 
 def test_attaching_again_goes_on_with_what_is_cached() -> None:
