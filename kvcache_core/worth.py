@@ -67,6 +67,11 @@ class Worth:
         now = seconds / rows
         self._row_seconds = now if self._measured <= 2 else 0.8 * self._row_seconds + 0.2 * now
 
+    def looked(self, seconds: float) -> None:
+        """The look at the weights before a call took so long."""
+        self.spent += seconds
+        self._balance -= seconds
+
     def called(self, rows: int, computing: float, spent: float) -> None:
         """A call of ``rows`` samples took ``computing`` seconds for the missing ones and ``spent`` for the cache."""
         saved = rows * self._row_seconds - computing

@@ -46,7 +46,9 @@ class Fingerprint:
     def __init__(self, model: Any, verify: str = "sample") -> None:
         self._verify = verify
         self._lock = threading.Lock()
-        self._all = _variables_of(model)
+        self._weights = _weights_of(model)
+        self._natives = [_native(weight) for weight in self._weights]
+        self._all = [variable for variable in self._natives if isinstance(variable, tf.Variable)]
         self._sources = [source_of(variable) for variable in self._all]
         variables = [one for one, source in zip(self._all, self._sources, strict=True) if source is None]
         self._files = b"".join(source.identity for source in self._sources if source is not None)
@@ -74,17 +76,18 @@ class Fingerprint:
 
     def is_of(self, model: Any) -> bool:
         """Whether the model still has the variables this was made for."""
-        found = _variables_of(model)
+        found = _weights_of(model)
         return (
-            len(found) == len(self._all)
-            and all(map(is_, found, self._all))
-            and all(map(is_, map(source_of, found), self._sources))
+            len(found) == len(self._weights)
+            and all(map(is_, found, self._weights))
+            and all(map(is_, map(_native, found), self._natives))
+            and all(map(is_, map(source_of, self._all), self._sources))
         )
 
     def digest(self) -> bytes:
         """Bytes that stand for the weights as they are now."""
         with tf.init_scope():
-            return self.digest_of_samples([part._numpy() for part in self._read()])
+            return self.digest_of_samples([part._numpy_internal() for part in self._read()])
 
     def digest_of_samples(self, samples: Sequence[NDArray[Any]]) -> bytes:
         """The same for what a graph has read."""
@@ -136,14 +139,17 @@ def source_of(variable: Any) -> Source | None:
     return getattr(variable, SOURCE, None)
 
 
-def _variables_of(model: Any) -> list[tf.Variable]:
-    variables = list(model.weights)
+def _weights_of(model: Any) -> list[Any]:
+    weights = list(model.weights)
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None:
-        variables.append(optimizer.iterations)
+        weights.append(optimizer.iterations)
+    return weights
+
+
+def _native(weight: Any) -> Any:
     # `_value` is the variable itself; `value` would first ask whether an autocast scope is active.
-    found = [getattr(variable, "_value", variable) for variable in variables]
-    return [variable for variable in found if isinstance(variable, tf.Variable)]
+    return getattr(weight, "_value", weight)
 
 
 def _bits(array: NDArray[Any]) -> NDArray[np.uint8]:

@@ -80,7 +80,7 @@ class Site(ActivationSite):
         self._looks = self._cache.looks
         if changed:
             self._modules = list(self.module.modules())
-        self.worth.spent += time.perf_counter() - before
+        self.worth.looked(time.perf_counter() - before)
 
     def namespace(self) -> bytes:
         """What stands for the weights as they are now, the module, the salt."""

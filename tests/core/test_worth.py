@@ -30,6 +30,19 @@ def test_seconds():
     assert run(worth, 1000, computing=4.0, spent=9.0) == 0, "without auto it is only counted"
 
 
+def test_the_look_at_the_weights_counts_among_what_the_cache_costs():
+    decided = []
+    for look in (0.0, 1.0):
+        worth = Worth(auto=True)
+        worth.measured(4, 1.0)
+        for _ in range(32):
+            worth.looked(look)
+            worth.called(4, computing=0.5, spent=0.1)
+        decided.append(worth.skip > 0)
+        assert worth.spent == pytest.approx(32 * (0.1 + look))
+    assert decided == [False, True]
+
+
 def test_what_does_not_pay_is_left_out_and_looked_at_ever_less_often():
     worth = Worth(auto=True)
     worth.measured(4, 1.0)
