@@ -14,7 +14,7 @@ from kvcache_keras.levels import LEVEL_SHAPES, Cuts, cut, pack_levels
 from kvcache_keras.states import STATE_SHAPES, pack_states
 from kvcache_keras.store import TensorStore
 
-__all__ = ["blocks_read", "group_shapes", "pack", "shared_cuts", "signature"]
+__all__ = ["blocks_read", "group_shapes", "in_buckets", "pack", "shared_cuts", "signature"]
 
 WORTH = 2_500_000
 """Bytes of K and V in one layer that sharing must spare a step from reading, to save more time than its operations
@@ -67,6 +67,24 @@ def blocks_read(plan: StepPlan, cuts: Sequence[Cuts]) -> int:
             own = blocks[:, at[-1] :] if at else blocks
             counts.append(own.size + sum(array.size for array in pack_levels(blocks, at)[::3]))
     return max(counts)
+
+
+def in_buckets(packed: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    """A packed plan of one token per row, its rows and blocks padded to powers of two: few shapes for XLA to compile.
+
+    Padding rows are a token 0 at position 0 that is written to, and sees, the null block.
+    """
+
+    def padded(array: NDArray[Any], axes: int) -> NDArray[Any]:
+        widths = [(0, (1 << (size - 1).bit_length()) - size) for size in array.shape[:axes]]
+        return np.pad(array, widths + [(0, 0)] * (array.ndim - axes))
+
+    tokens, positions, last, stride, *groups = packed
+    found = [padded(tokens, 1), padded(positions, 1), padded(last, 1), stride]
+    for at in range(0, len(groups), 4):
+        slots, blocks, first, tails = groups[at : at + 4]
+        found += [padded(slots, 1), padded(blocks, 2), padded(first, 1), padded(tails, 1)]
+    return found
 
 
 def signature(

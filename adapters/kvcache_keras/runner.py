@@ -15,7 +15,7 @@ from kvcache_core.plan import StepPlan
 from kvcache_keras.context import outside, stepping
 from kvcache_keras.greedy import choose_greedily
 from kvcache_keras.kernels import dimensions, reshape
-from kvcache_keras.packing import blocks_read, pack, shared_cuts, signature
+from kvcache_keras.packing import blocks_read, in_buckets, pack, shared_cuts, signature
 from kvcache_keras.step import Step
 from kvcache_keras.store import TensorStore
 from kvcache_keras.tokenmodel import run_model
@@ -30,6 +30,7 @@ class StepRunner:
 
     Attributes:
         traces: how often each graph was traced, by name.
+        compiled: whether XLA compiles the steps of one token per row.
     """
 
     def __init__(self, model: Any, store: TensorStore, dtype: str, frames: int | None = None) -> None:
@@ -39,6 +40,7 @@ class StepRunner:
         self._dtype = dtype
         self._functions: dict[str, Any] = {}
         self.traces: Counter[str] = Counter()
+        self.compiled = False
         self._kinds = [kind for kind, _ in store.layout.groups]
         self._kv_kinds = [kind for kind in self._kinds if kind != "output"]
 
@@ -48,6 +50,8 @@ class StepRunner:
         if plan.tokens.shape[1] > 1:
             return self.function("prefill")(*pack(plan, self._store))
         cuts = shared_cuts(plan, self._store)
+        if self.compiled and not cuts[0]:
+            return self.function("compiled")(*in_buckets(pack(plan, self._store)))[: len(plan.rows)]
         return self.function("decode", len(cuts[0]))(*pack(plan, self._store, cuts))
 
     def run_all(self, plan: StepPlan, slots: NDArray[np.int32]) -> _Tensor:
@@ -123,8 +127,9 @@ class StepRunner:
             self.traces[key] += 1
             return self._run_model(Step(self._store, self._dtype, packed, last_only=True, levels=levels))
 
-        spec = signature(self._kv_kinds, size, 1 if name == "decode" else None, self._frames, levels=levels)
-        return tf.function(run, input_signature=spec, autograph=False)
+        spec = signature(self._kv_kinds, size, None if name == "prefill" else 1, self._frames, levels=levels)
+        jit = True if name == "compiled" else None
+        return tf.function(run, input_signature=spec, autograph=False, jit_compile=jit)
 
     def _run_model(self, step: Step) -> _Tensor:
         with stepping(step):

@@ -74,6 +74,8 @@ class Step:
         number = self.store.layout.group_of(layer)
         self.write(layer, "k", k)
         self.write(layer, "v", v)
+        if self.positions.shape[1] == 1 and q.shape[1] is None:
+            q = tf.ensure_shape(q, (q.shape[0], 1, *q.shape[2:]))
         if self.levels:
             return self._attend_shared(q, layer, scoring)
         keys, values = (self.read(layer, name, q.dtype) for name in "kv")
