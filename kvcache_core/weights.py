@@ -45,7 +45,7 @@ class ContentSample:
 
     A look compares some elements of each array with what they were: a change of a whole array is noticed at once.
     Of arrays with many rows each look compares other rows, so that a change of a single row is noticed within
-    32 looks; where all arrays together are small, every look compares every element.
+    64 looks; where all arrays together are small, every look compares every element.
 
     Args:
         arrays: flat views of the weights' memory.
