@@ -14,65 +14,113 @@
 #define QUERIES 8 /* at once */
 #define WIDEST 256
 
-typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
+/* So many queries at once stay in registers, with the four vectors of a tile of V for each. */
+#ifdef __AVX512F__
+#define LANES 16
+#define MOST 4
+#else
+#define LANES 8
+#define MOST 2
+#endif
 
-/* Ask for memory that the next loop reads: K and V take turns, which the processor's own prefetching does not foresee. */
-static inline void fetch(const float *at, int64_t floats) {
-    for (int64_t d = 0; d < floats; d += 16) __builtin_prefetch(at + d);
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+/* `n`, wherever this is used, is a constant, so that every loop over it is unrolled; so, mostly, is `width`. */
+static inline __attribute__((always_inline)) void scores(const int n, const float *q, const float *keys,
+                                                         float (*score)[TILE], int64_t count, int64_t width) {
+    for (int64_t t = 0; t < count; t++) {
+        const float *key = keys + t * width;
+        vec sum[MOST];
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++) sum[i] = (vec){0};
+        int64_t d = 0;
+        for (; d + LANES <= width; d += LANES) {
+            const vec k = *(const vec *)(key + d);
+#pragma GCC unroll 4
+            for (int i = 0; i < n; i++) sum[i] += k * *(const vec *)(q + i * width + d);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++) {
+            float total = 0.0f;
+            for (int lane = 0; lane < LANES; lane++) total += sum[i][lane];
+            for (int64_t at = d; at < width; at++) total += key[at] * q[i * width + at];
+            score[i][t] = total;
+        }
+    }
 }
 
-static inline float dot(const float *a, const float *b, int64_t width) {
-    vec sum = {0};
-    int64_t d = 0;
-    for (; d + 16 <= width; d += 16) sum += *(const vec *)(a + d) * *(const vec *)(b + d);
-    float result = 0.0f;
-    for (int i = 0; i < 16; i++) result += sum[i];
-    for (; d < width; d++) result += a[d] * b[d];
-    return result;
+/* results[i] = results[i] * kept[i] + score[i] V. */
+static inline __attribute__((always_inline)) void weigh(const int n, float (*score)[TILE], const float *values,
+                                                        float **results, const float *kept, int64_t count,
+                                                        int64_t width) {
+    int64_t at = 0;
+    for (; at + 4 * LANES <= width; at += 4 * LANES) {
+        vec sum[MOST][4];
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++)
+#pragma GCC unroll 4
+            for (int d = 0; d < 4; d++) sum[i][d] = *(const vec *)(results[i] + at + LANES * d) * kept[i];
+        for (int64_t t = 0; t < count; t++)
+#pragma GCC unroll 4
+            for (int d = 0; d < 4; d++) {
+                const vec v = *(const vec *)(values + t * width + at + LANES * d);
+#pragma GCC unroll 4
+                for (int i = 0; i < n; i++) sum[i][d] += score[i][t] * v;
+            }
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++)
+#pragma GCC unroll 4
+            for (int d = 0; d < 4; d++) *(vec *)(results[i] + at + LANES * d) = sum[i][d];
+    }
+    for (int i = 0; i < n; i++)
+        for (int64_t d = at; d < width; d++) {
+            float sum = results[i][d] * kept[i];
+            for (int64_t t = 0; t < count; t++) sum += score[i][t] * values[t * width + d];
+            results[i][d] = sum;
+        }
+}
+
+/* What a tile adds to n queries' states, see `attend`. */
+static inline __attribute__((always_inline)) void add_tile(const int n, const float *q, const float *keys,
+                                                           const float *values, float **state, int64_t count,
+                                                           int64_t width) {
+    float score[MOST][TILE], kept[MOST], *results[MOST];
+    scores(n, q, keys, score, count, width);
+    for (int i = 0; i < n; i++) {
+        float largest = state[i][0], total = 0.0f;
+        for (int64_t t = 0; t < count; t++) largest = score[i][t] > largest ? score[i][t] : largest;
+        for (int64_t t = 0; t < count; t++) {
+            score[i][t] = expf(score[i][t] - largest);
+            total += score[i][t];
+        }
+        kept[i] = expf(state[i][0] - largest);
+        state[i][0] = largest;
+        state[i][1] = state[i][1] * kept[i] + total;
+        results[i] = state[i] + 2;
+    }
+    weigh(n, score, values, results, kept, count, width);
 }
 
 /* Up to QUERIES scaled queries [queries, width] over one head's K and V [size, width]. state[i]: largest score, sum of
  * the weights, and the weighted sum of V. */
 static inline __attribute__((always_inline)) void attend(const float *q, const float *k, const float *v, float **state,
                                                          int64_t queries, int64_t size, int64_t width) {
-    float score[QUERIES][TILE];
     for (int64_t i = 0; i < queries; i++) {
         memset(state[i], 0, (width + 2) * sizeof(float));
         state[i][0] = -1e30f;
     }
     for (int64_t first = 0; first < size; first += TILE) {
         const int64_t count = size - first < TILE ? size - first : TILE;
-        const float *keys = k + first * width, *tile = v + first * width;
-        for (int64_t t = 0; t < count; t++) {
-            fetch(tile + t * width, width);
-            for (int64_t i = 0; i < queries; i++) score[i][t] = dot(q + i * width, keys + t * width, width);
-        }
-        for (int64_t i = 0; i < queries; i++) {
-            float *result = state[i] + 2, largest = state[i][0], total = 0.0f;
-            for (int64_t t = 0; t < count; t++) largest = score[i][t] > largest ? score[i][t] : largest;
-            for (int64_t t = 0; t < count; t++) {
-                score[i][t] = expf(score[i][t] - largest);
-                total += score[i][t];
-            }
-            const float kept = expf(state[i][0] - largest);
-            state[i][0] = largest;
-            state[i][1] = state[i][1] * kept + total;
-            int64_t at = 0;
-            for (; at + 64 <= width; at += 64) {
-                vec sum[4];
-                for (int d = 0; d < 4; d++) sum[d] = *(vec *)(result + at + 16 * d) * kept;
-                for (int64_t t = 0; t < count; t++) {
-                    const float *value = tile + t * width + at;
-                    if (i == 0) fetch(keys + (TILE + t) * width + at, 64);
-                    for (int d = 0; d < 4; d++) sum[d] += score[i][t] * *(const vec *)(value + 16 * d);
-                }
-                for (int d = 0; d < 4; d++) *(vec *)(result + at + 16 * d) = sum[d];
-            }
-            for (; at < width; at++) {
-                float sum = result[at] * kept;
-                for (int64_t t = 0; t < count; t++) sum += score[i][t] * tile[t * width + at];
-                result[at] = sum;
-            }
+        const float *keys = k + first * width, *values = v + first * width;
+        for (int64_t i = 0; i < queries; i += MOST) {
+            const int64_t some = queries - i < MOST ? queries - i : MOST;
+            const float *from = q + i * width;
+            if (some == 1) add_tile(1, from, keys, values, state + i, count, width);
+            if (some == 2) add_tile(2, from, keys, values, state + i, count, width);
+#if MOST == 4
+            if (some == 3) add_tile(3, from, keys, values, state + i, count, width);
+            if (some == 4) add_tile(4, from, keys, values, state + i, count, width);
+#endif
         }
     }
 }

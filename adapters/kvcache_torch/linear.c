@@ -3,7 +3,10 @@
  * x: [rows, in]; weight: [out, in]; bias: [out] or null; y: [rows, out]; all contiguous. */
 #include <stdint.h>
 
-/* A tile of outputs and rows whose sums stay in registers. */
+/* A tile of outputs and rows whose sums stay in registers. With few rows there is so little to compute that one output
+ * at a time, the weight read as one stream, is faster (`tests/bench/torch_linear.py`). */
+#define OUTPUTS 3
+#define ALONE 2
 #ifdef __AVX512F__
 #define LANES 16
 #define MOST 8
@@ -37,7 +40,7 @@ static __attribute__((noinline)) float rest(const float *a, const float *b, int6
 static inline __attribute__((always_inline)) void tile(const int outputs, const int rows, const float *x,
                                                        const float *weight, const float *bias, float *y, int64_t in,
                                                        int64_t out) {
-    vec sum[4][8];
+    vec sum[OUTPUTS][MOST];
 #pragma GCC unroll 4
     for (int o = 0; o < outputs; o++)
 #pragma GCC unroll 8
@@ -48,7 +51,9 @@ static inline __attribute__((always_inline)) void tile(const int outputs, const 
         for (int o = 0; o < outputs; o++) {
             const float *at = weight + o * in + d;
             const vec w = *(const vec *)at;
-            __builtin_prefetch(at + 4 * in); /* what comes soon */
+            /* One output at a time is one stream, which the processor foresees; several are asked for in time to be
+             * in the second-level cache. The first is too small for what memory has under way. */
+            if (outputs > 1) __builtin_prefetch(at + 8 * in, 0, 2);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) sum[o][r] += w * *(const vec *)(x + r * in + d);
         }
@@ -65,31 +70,29 @@ static inline __attribute__((always_inline)) void tile(const int outputs, const 
 #define CASE(outputs, rows) \
     case rows: tile(outputs, rows, x, weight, bias, y, in, out); break;
 
-static void four(int rows, const float *x, const float *weight, const float *bias, float *y, int64_t in, int64_t out) {
-    switch (rows) { CASE(4, 1) CASE(4, 2) CASE(4, 3) CASE(4, 4) }
-}
-
-static void two(int rows, const float *x, const float *weight, const float *bias, float *y, int64_t in, int64_t out) {
-    switch (rows) { CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5) CASE(2, 6) CASE(2, 7) CASE(2, 8) }
-}
-
 static void one(int rows, const float *x, const float *weight, const float *bias, float *y, int64_t in, int64_t out) {
     switch (rows) { CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8) }
 }
 
+static void several(int rows, const float *x, const float *weight, const float *bias, float *y, int64_t in,
+                    int64_t out) {
+    switch (rows) {
+        CASE(OUTPUTS, 1) CASE(OUTPUTS, 2) CASE(OUTPUTS, 3) CASE(OUTPUTS, 4)
+        CASE(OUTPUTS, 5) CASE(OUTPUTS, 6) CASE(OUTPUTS, 7) CASE(OUTPUTS, 8)
+    }
+}
+
 void kvcache_linear(const float *x, const float *weight, const float *bias, float *y, int64_t rows, int64_t in,
                     int64_t out) {
-    const int64_t outputs = rows <= MOST / 2 ? 4 : 2, tiles = (out + outputs - 1) / outputs;
+    const int64_t outputs = rows <= ALONE ? 1 : OUTPUTS, tiles = (out + outputs - 1) / outputs;
 #pragma omp parallel for schedule(static)
     for (int64_t item = 0; item < tiles; item++) {
         const int64_t first = item * outputs, here = out - first < outputs ? out - first : outputs;
         for (int64_t row = 0; row < rows; row += MOST) {
             const int some = rows - row < MOST ? rows - row : MOST;
             const float *from = x + row * in;
-            if (here == 4)
-                four(some, from, weight + first * in, bias ? bias + first : 0, y + row * out + first, in, out);
-            else if (here == 2)
-                two(some, from, weight + first * in, bias ? bias + first : 0, y + row * out + first, in, out);
+            if (here == OUTPUTS)
+                several(some, from, weight + first * in, bias ? bias + first : 0, y + row * out + first, in, out);
             else
                 for (int64_t o = first; o < first + here; o++)
                     one(some, from, weight + o * in, bias ? bias + o : 0, y + row * out + o, in, out);

@@ -19,8 +19,9 @@ _PACKED_FOR = 8
 """Rows that a packed weight is laid out for; oneDNN takes the same layout for every number from two rows on."""
 
 
-_FEW, _FEW_PACKED = 16, 8
-"""Rows up to which the kernel in C is faster than oneDNN, and than oneDNN with packed weights."""
+_FEW, _FEW_PACKED = 32, 8
+"""Rows up to which the kernel in C is faster than oneDNN, and than oneDNN with packed weights, as
+`python tests/bench/torch_linear.py` has measured it."""
 
 
 class _Packed:
@@ -45,7 +46,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     There the usual BLAS reads the weights at a third of the memory's speed; oneDNN, which PyTorch carries along, reads
     them twice as fast, and three times from weights that :func:`pack_weights` has brought into its order. So does,
-    without a copy, a kernel in C that is in use after ``cache.compile()``, for up to 16 rows. Everywhere else (another
+    without a copy, a kernel in C that is in use after ``cache.compile()``, for up to 32 rows. Everywhere else (another
     dtype or device, autocast, gradients wanted) this is ``F.linear``.
 
     Args:
