@@ -6,9 +6,9 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from kvcache_core.blockformat import Buffer
@@ -16,6 +16,7 @@ from kvcache_core.errors import InvalidInput, TierError
 from kvcache_core.sizes import parse_memory
 from kvcache_core.splitting import MANIFEST_BYTES, in_parts, is_split, part_name, read_manifest
 from kvcache_core.tiers import Item, StoredItem, Tier, url_options
+from kvcache_core.valkeynodes import Breaker, ClusterNodes
 
 try:
     import valkey
@@ -27,10 +28,8 @@ except ImportError as error:
 
 __all__ = ["ValkeyTier", "open_valkey_tier"]
 
-_T = TypeVar("_T")
 _PREFIX = b"kvcache:"
 _RECENT = 65_536
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _OPTIONS = ("ttl", "timeout", "split", "cluster", "ca", "verify")
 
 
@@ -76,7 +75,7 @@ class ValkeyTier(Tier):
     (``maxmemory-policy allkeys-lru``).
 
     A server that does not answer is left alone for half a second, then a second, and so on up to 30: meanwhile every
-    call fails at once.
+    call fails at once. In a cluster that holds for each node by itself: what lies on others is still served.
 
     Args:
         host: of the server, or of any node of the cluster.
@@ -114,8 +113,8 @@ class ValkeyTier(Tier):
         self.name = f"valkey://{host}:{port}/{database}"
         self._ttl, self._split = ttl, split_bytes
         self._lock = threading.Lock()
-        self._failures = 0
-        self._resume = 0.0
+        self._call = Breaker(self.name, self._forget).call
+        self._nodes: ClusterNodes | None = None
         self._recent: OrderedDict[bytes, float] = OrderedDict()
         common: dict[str, Any] = {
             "username": username,
@@ -127,21 +126,24 @@ class ValkeyTier(Tier):
         try:
             if cluster:
                 self._client: Any = ValkeyCluster(host=host, port=port, cluster_error_retry_attempts=1, **common)
+                self._nodes = ClusterNodes(self._client, self._forget)
             else:
                 # A connection that a restarted server has closed is opened anew, once.
                 retry = Retry(NoBackoff(), 1, supported_errors=(valkey.ConnectionError,))
                 self._client = valkey.Valkey(
                     host=host, port=port, db=database, max_connections=64, retry=retry, **common
                 )
-            self._cluster = cluster
             if self._client.ping() is not True:
                 raise TierError("it does not answer PING")
         except Exception as error:
             raise TierError(f"tier {self.name!r} cannot be used: {_remedy(error)}") from error
 
     def get_many(self, keys: Sequence[bytes]) -> list[Buffer | None]:
-        """The value of each key, or None: one MGET, and one more if values lie there in parts."""
-        found = self._call(self._mget, [_PREFIX + key for key in keys])
+        """The value of each key, or None: one MGET, and one more if values lie there in parts.
+
+        What lies on a node of a cluster that does not answer is None too.
+        """
+        found = self._read([_PREFIX + key for key in keys])
         split = {at: read_manifest(value) for at, value in enumerate(found) if value is not None and is_split(value)}
         if split:
             self._join(keys, found, split)
@@ -152,10 +154,11 @@ class ValkeyTier(Tier):
         """Store values in one pipeline, each with its time to live.
 
         Raises:
-            TierError: the server refused some of them, for example because it is out of memory.
+            TierError: the server refused some of them, for example because it is out of memory, or a node of the
+                cluster does not answer; the others are stored.
         """
         commands = [command for key, value in items for command in in_parts(_PREFIX + key, value, self._split)]
-        replies = self._call(self._set, commands)
+        replies = self._write([("SET", name, _sendable(value), "EX", self._ttl) for name, value in commands])
         refused = [reply for reply in replies if isinstance(reply, Exception)]
         if refused:
             raise TierError(f"the server refused {len(refused)} of {len(replies)} values: {refused[0]}")
@@ -177,7 +180,7 @@ class ValkeyTier(Tier):
         """What lies under this library's prefix."""
         names = self._call(self._client.scan_iter, _PREFIX + b"*", 500)
         while batch := list(islice(names, 200)):
-            pipe = self._pipeline()
+            pipe = self._client.pipeline() if self._nodes else self._client.pipeline(transaction=False)
             for name in batch:
                 pipe.strlen(name)
                 pipe.getrange(name, 0, max(head_bytes, MANIFEST_BYTES) - 1)
@@ -192,55 +195,48 @@ class ValkeyTier(Tier):
 
     def close(self) -> None:
         """Close the connections."""
+        if self._nodes is not None:
+            self._nodes.close()
         self._client.close()
 
-    # ---- one call to the server ----------------------------------------------------------------
+    # ---- one exchange with the server, or with each node ----------------------------------------
 
-    def _call(self, run: Callable[..., _T], *arguments: Any) -> _T:
-        """Run one exchange; a server that fails is left alone for a while."""
-        if time.monotonic() < self._resume:
-            raise TierError(f"{self.name} is not asked again for {self._resume - time.monotonic():.1f} s: it failed")
-        try:
-            result = run(*arguments)
-        except valkey.exceptions.ResponseError as error:
-            raise TierError(f"{self.name} refused: {error}") from error
-        except Exception as error:
-            with self._lock:
-                pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**self._failures)
-                self._failures = min(self._failures + 1, 16)
-                self._resume = time.monotonic() + pause
-                self._recent.clear()  # it may come back empty
-            raise TierError(f"{self.name}: {type(error).__name__}: {error}") from error
-        self._failures = 0
-        return result
+    def _read(self, names: list[bytes]) -> list[Buffer | None]:
+        if self._nodes is None:
+            return self._call(self._mget, names)
+        replies = self._nodes.execute([("GET", name) for name in names])
+        return [reply if isinstance(reply, bytes) else None for reply in replies]
 
     def _mget(self, names: list[bytes]) -> list[Buffer | None]:
-        found: list[Buffer | None] = (
-            self._client.mget_nonatomic(names) if self._cluster else self._client.mget(names) if names else []
-        )
+        found: list[Buffer | None] = self._client.mget(names) if names else []
         if len(found) != len(names) or any(value is not None and not isinstance(value, bytes) for value in found):
             raise TierError("the server's answer is not what was asked for")
         return found
 
-    def _set(self, commands: list[tuple[bytes, Buffer]]) -> list[Any]:
-        pipe = self._pipeline()
-        for name, value in commands:
-            pipe.set(name, value if isinstance(value, bytes) else bytes(value), ex=self._ttl)
+    def _write(self, commands: list[tuple[Any, ...]]) -> list[Any]:
+        return self._call(self._set, commands) if self._nodes is None else self._nodes.execute(commands)
+
+    def _set(self, commands: list[tuple[Any, ...]]) -> list[Any]:
+        pipe = self._client.pipeline(transaction=False)
+        for command in commands:
+            pipe.execute_command(*command)
         replies: list[Any] = pipe.execute(raise_on_error=False)
         broken = [reply for reply in replies if isinstance(reply, (valkey.ConnectionError, valkey.TimeoutError))]
         if broken:
             raise broken[0]
         return replies
 
-    def _pipeline(self) -> Any:
-        return self._client.pipeline() if self._cluster else self._client.pipeline(transaction=False)
+    def _forget(self) -> None:
+        """What failed may come back empty."""
+        with self._lock:
+            self._recent.clear()
 
     # ---- values in parts -----------------------------------------------------------------------
 
     def _join(self, keys: Sequence[bytes], found: list[Buffer | None], split: dict[int, tuple[int, int]]) -> None:
         """Replace manifests by the values they announce, or by None where a part is missing."""
         names = [part_name(_PREFIX + keys[at], number) for at, (count, _) in split.items() for number in range(count)]
-        parts = iter(self._call(self._mget, names))
+        parts = iter(self._read(names))
         for at, (count, size) in split.items():
             mine = list(islice(parts, count))
             whole = b"".join(part for part in mine if part is not None)
@@ -256,6 +252,10 @@ class ValkeyTier(Tier):
                     self._recent[key] = until
             while len(self._recent) > _RECENT:
                 self._recent.popitem(last=False)
+
+
+def _sendable(value: Buffer) -> bytes:
+    return value if isinstance(value, bytes) else bytes(value)
 
 
 def _shown(url: str) -> str:

@@ -39,7 +39,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("cache",),
     ("store",),
     ("saving",),
-    ("tiers", "lmdbfile", "splitting"),
+    ("tiers", "lmdbfile", "splitting", "valkeynodes"),
     ("tier_disk", "tier_valkey", "tier_file"),
     ("tiercosts", "demotion", "tier_contract", "simulate"),
     ("opentiers",),
@@ -85,6 +85,7 @@ OPTIONAL: dict[str, frozenset[str]] = {
     "lmdbfile": frozenset({"lmdb"}),
     "tier_disk": frozenset({"lmdb"}),
     "tier_valkey": frozenset({"valkey"}),
+    "valkeynodes": frozenset({"valkey"}),
 }
 
 

@@ -8,6 +8,8 @@ import socket
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -81,6 +83,90 @@ def test_a_cluster():
         assert turns(cache) == [0, 0, 20, 20, 20, 20]
         assert len(list(cache.stack.tiers[0].items(50))) == 20
         assert cache.stack.stats[0].errors == 0
+        cache.stack.close()
+
+
+SLOTS = 16_384
+
+
+@contextmanager
+def cluster_of_three() -> Iterator[list[Any]]:
+    """Three servers, each with a third of the slots, that have met."""
+    config = {"cluster-enabled": "yes", "cluster-require-full-coverage": "no"}
+    with ExitStack() as stack:
+        servers = []
+        for _ in range(3):
+            servers.append(ValkeyServer(config=config))
+            servers[-1].start()
+            stack.callback(servers[-1].terminate)
+        clients = [stack.enter_context(server.client()) for server in servers]
+        bounds = [SLOTS * at // 3 for at in range(4)]
+        for number, client in enumerate(clients):
+            client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+            client.execute_command("CLUSTER", "ADDSLOTSRANGE", bounds[number], bounds[number + 1] - 1)
+        for server in servers[1:]:
+            clients[0].execute_command("CLUSTER", "MEET", "127.0.0.1", server.port)
+        deadline = time.monotonic() + 20
+        while not all(_has_met(client) for client in clients):
+            assert time.monotonic() < deadline, "the nodes do not find each other"
+            time.sleep(0.05)
+        yield servers
+
+
+def _has_met(client: Any) -> bool:
+    info = client.execute_command("CLUSTER", "INFO")
+    info = info if isinstance(info, dict) else dict(line.split(":") for line in info.decode().split())
+    return info["cluster_state"] == "ok" and int(info["cluster_slots_ok"]) == SLOTS
+
+
+@pytest.mark.parametrize(
+    ("fault", "gone"), [("killed", 0), ("hangs", 2)], ids=["the URL's own is killed", "another one hangs"]
+)
+def test_a_node_of_a_cluster_fails(fault, gone):
+    """What lies on it is a counted miss, what lies on the others is served as before, and answers stay equal."""
+    with cluster_of_three() as servers:
+        cache = Cache(6, [url(servers[0], "&cluster=on")])
+        tier, stats = cache.stack.tiers[0], cache.stack.stats[0]
+        assert turns(cache) == [0, 0, 20, 20, 20, 20]
+        assert stats.errors == 0
+        clients = [server.client() for server in servers]
+        lying = [[name.removeprefix(b"kvcache:") for name in client.scan_iter()] for client in clients]
+        assert all(lying), "blocks lie on every node"
+        lost = lying.pop(gone)
+        kept = [key for keys in lying for key in keys]
+        assert len(lost) + len(kept) == 20
+
+        known = tier._client.nodes_manager.slots_cache
+        tier._client.nodes_manager.slots_cache = {slot: known[(slot + SLOTS // 3) % SLOTS] for slot in known}
+        assert None not in tier.get_many([*lost, *kept]), "what the client knew was outdated, and every node said so"
+
+        def served() -> bool:
+            found = tier.get_many([*lost, *kept])
+            return found[: len(lost)] == [None] * len(lost) and None not in found[len(lost) :]
+
+        name = f"127.0.0.1:{servers[gone].port}"
+        pid = clients.pop(gone).info("server")["process_id"]
+        os.kill(pid, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
+        started = time.monotonic()
+        with pytest.warns(KVCacheWarning, match=f"node {name} of the cluster"):
+            assert served()
+        assert time.monotonic() - started < 2, "it costs a timeout, not one for each key"
+
+        misses, hits = stats.misses, stats.hits
+        turns(cache)  # every slot checked
+        assert stats.misses - misses >= len(lost)
+        assert stats.hits - hits >= len(kept)
+        assert stats.lost > 0
+
+        for client in clients:  # the cluster itself takes note, and goes on without the node
+            client.config_set("cluster-node-timeout", 500)
+        deadline = time.monotonic() + 20
+        while "fail" not in clients[0].cluster("nodes")[name]["flags"].split(","):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert served()
+        for client in clients:
+            client.close()
         cache.stack.close()
 
 
