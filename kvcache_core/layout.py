@@ -186,6 +186,8 @@ class BlockLayout:
     groups: tuple[tuple[str, int | None], ...] = field(init=False, compare=False)
     """(kind, window) of each layer group: layers with equal kind and window share one block table. Attention
     comes before states and states before stored outputs, full attention before windows."""
+    digest: bytes = field(init=False, compare=False, repr=False)
+    """16 bytes that differ for layouts whose blocks must not be mixed."""
 
     def __init__(self, layers: Sequence[LayerSpec], block_size: int = 16, dtype: str = "float32") -> None:
         if not layers:
@@ -203,6 +205,7 @@ class BlockLayout:
             names = [array.name for array in self.stored(layer)]
             if len(set(names)) != len(names):
                 raise InvalidInput(f"layer {layer} has an array with the name of another one's scales: {names}")
+        object.__setattr__(self, "digest", self._digest())
 
     def group_of(self, layer: int) -> int:
         """Index in :attr:`groups` of the layer's group."""
@@ -263,9 +266,7 @@ class BlockLayout:
         """Bytes one block takes, all layers."""
         return sum(self._entry_bytes(layer) * self.entries_per_block(layer) for layer in range(len(self.layers)))
 
-    @property
-    def digest(self) -> bytes:
-        """16 bytes that differ for layouts whose blocks must not be mixed."""
+    def _digest(self) -> bytes:
         parts = [f"kvcache-layout-1;{self.block_size};{self.dtype}"]
         for layer in self.layers:
             arrays = ",".join(f"{a.name!r}:{a.heads}x{a.size}:{self.array_dtype(a)}" for a in layer.arrays)
