@@ -179,6 +179,8 @@ class OpenTiers:
     def flush_tiers(self, deadline: float | None) -> bool:
         """Wait until what is queued is written and safe; whether it is."""
         done = self.queue.flush(deadline)
+        if not done:
+            return False  # a tier that takes so long has no time for this
         for tier, stats in zip(self.tiers, self.stats, strict=True):
             try:
                 tier.flush()

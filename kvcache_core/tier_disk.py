@@ -74,6 +74,7 @@ class DiskTier(Tier):
         self._sync = sync
         self._lock = threading.Lock()
         self._touched: dict[bytes, int] = {}
+        self._toucher: threading.Thread | None = None
         self._leased = threading.local()
         make_folder(self.path, self.name)
         self._env: Any = None
@@ -91,8 +92,7 @@ class DiskTier(Tier):
                     self._touched[key] = hits + 1
             full = len(self._touched) >= _TOUCHES
         if full:
-            with self._writing() as txn:
-                self._write_touches(txn)
+            self._start_toucher()
         return found
 
     def contains(self, key: bytes) -> bool:
@@ -164,8 +164,9 @@ class DiskTier(Tier):
     def close(self) -> None:
         """Close the file, if nobody else in this process has it open."""
         if self._env is not None:
-            with contextlib.suppress(lmdb.Error), self._writing() as txn:
-                self._write_touches(txn)
+            if self._toucher is not None:
+                self._toucher.join()
+            self._touch()
             self._env = None
             self._shared.release()
 
@@ -226,6 +227,20 @@ class DiskTier(Tier):
         txn.delete(_ORDER.pack(number), db=self._order)
         txn.delete(key, db=self._values)
         return int(size)
+
+    def _start_toucher(self) -> None:
+        """Write the order of use from a thread: a read must not wait for a process that holds the file's lock."""
+        with self._lock:
+            if self._toucher is not None and self._toucher.is_alive():
+                return
+            toucher = threading.Thread(target=self._touch, name="kvcache-touches", daemon=True)
+            with contextlib.suppress(RuntimeError):  # the interpreter ends: close writes it
+                toucher.start()
+                self._toucher = toucher
+
+    def _touch(self) -> None:
+        with contextlib.suppress(lmdb.Error), self._writing() as txn:
+            self._write_touches(txn)
 
     def _write_touches(self, txn: Any) -> None:
         """Put what was read to the end of the order of use."""

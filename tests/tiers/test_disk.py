@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import lmdb
@@ -17,9 +19,10 @@ import pytest
 from kvcache_core import InvalidInput, KVCacheWarning
 from kvcache_core.blockformat import ArrayEntry, BlockCodec
 from kvcache_core.errors import TierError
+from kvcache_core.opentiers import tier_key
 from kvcache_core.tier_disk import DiskTier
 from kvcache_core.tiers import open_tier
-from tests.tiers.test_tiering import Cache, prompt
+from tests.tiers.test_tiering import LAYOUT, Cache, prompt, turns
 
 MIB = 1 << 20
 CODEC = BlockCodec(
@@ -42,6 +45,14 @@ def verified(tier: DiskTier, count: int) -> int:
         if one is not None:
             assert bytes(CODEC.decode(key(number), one)) == bytes([number % 251]) * 10_000
     return sum(one is not None for one in found)
+
+
+def verifies(number: int, one: bytes) -> bool:
+    try:
+        CODEC.decode(key(number), one)
+    except ValueError:
+        return False
+    return True
 
 
 # ---- budget -----------------------------------------------------------------------------------------------------
@@ -143,8 +154,10 @@ def test_several_processes_write_and_read_one_file(tmp_path):
     mine.close()
 
 
-def killed(path: Path, times: int) -> None:
+def killed(path: Path, times: int) -> tuple[int, int]:
+    """Kill a writer so often; the requests that a cache over its file answers after that, and tokens from the file."""
     draw = random.Random(0)
+    served = tokens = 0
     for turn in range(times):
         process = writer(path, 0, 60, "forever")
         assert process.stdout is not None
@@ -157,18 +170,23 @@ def killed(path: Path, times: int) -> None:
         there = verified(tier, 60)
         assert sum(item.nbytes + len(item.key) for item in tier.items()) == tier.nbytes()
         tier.put_many([(b"turn", b"%d" % turn)])
+        cache = Cache(6, [tier])
+        turns(cache, 4)
+        assert cache.stack.close()
         tier.close()
+        served, tokens = served + cache.served, tokens + cache.stack.promoted_tokens
     assert there
+    return served, tokens
 
 
 def test_killed_while_writing(tmp_path):
-    killed(tmp_path, 4)
+    assert killed(tmp_path, 4) == (4 * 4, 4 * 80 - 40), "all but the very first two prompts come from the file"
     assert not list(tmp_path.glob("*.damaged"))
 
 
 @pytest.mark.slow
 def test_killed_200_times_while_writing(tmp_path):
-    killed(tmp_path, 200)
+    assert killed(tmp_path, 200) == (200 * 4, 200 * 80 - 40)
     assert not list(tmp_path.glob("*.damaged"))
 
 
@@ -178,7 +196,9 @@ def test_killed_200_times_while_writing(tmp_path):
 def filled(path: Path) -> Path:
     tier = DiskTier(path, 8 * MIB, sync=False)
     tier.put_many([(key(number), value(number)) for number in range(100)])
-    tier.flush()
+    cache = Cache(6, [tier])
+    assert turns(cache, 4) == [0, 0, 20, 20]
+    assert cache.stack.close()
     tier.close()
     return path / "data.mdb"
 
@@ -188,9 +208,13 @@ def test_a_truncated_file_is_set_aside(tmp_path, share):
     file = filled(tmp_path)
     os.truncate(file, int(file.stat().st_size * share))
     tier = DiskTier(tmp_path, 8 * MIB, sync=False)
-    verified(tier, 100)
+    assert verified(tier, 100) == 0
     tier.put_many([(key(1), value(1))])
     assert tier.get_many([key(1)]) == [value(1)]
+    cache = Cache(6, [tier])
+    assert turns(cache, 4) == [0, 0, 20, 20]
+    assert cache.answered() == (4, 40)
+    assert cache.stack.close()
     tier.close()
 
 
@@ -206,38 +230,65 @@ def test_a_file_overwritten_with_noise(tmp_path, seed):
     found = tier.get_many([key(number) for number in range(100)])
     tier.put_many([(key(101), value(101))])
     assert tier.get_many([key(101)]) == [value(101)]
+    there = [(number, one) for number, one in enumerate(found) if one is not None]
+    served = [(number, one) for number, one in there if verifies(number, one)]
+    assert served == [(number, one) for number, one in there if one == value(number)], "served if whole, and only then"
+    assert len(served) < 100 or seed % 2 == 0, "so much noise has hit some"
+    cache = Cache(6, [tier])
+    cached = turns(cache, 6)
+    assert cached[2:] == [20] * 4, "what was spoiled is computed, and written anew"
+    assert cache.answered() == (6, sum(cached))
+    assert cache.stack.close()
     tier.close()
-    served = 0
-    for number, one in enumerate(found):
-        try:
-            served += one is not None and bytes(CODEC.decode(key(number), one)) == bytes([number % 251]) * 10_000
-        except ValueError:
-            continue
-    assert served <= 100
+
+
+@contextlib.contextmanager
+def no_file_beyond(nbytes: int) -> Iterator[None]:
+    """Inside, this process can write no file behind so many bytes."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path):
-    import resource
-
     tier = DiskTier(tmp_path, 64 * MIB, sync=False)
     tier.put_many([(key(number), value(number)) for number in range(20)])
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "data.mdb").stat().st_size + 8192, hard))
-    try:
-        with pytest.raises(lmdb.Error, match=r"Input|large|space"):
-            tier.put_many([(key(number), value(number)) for number in range(20, 500)])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    cache = Cache(6, [tier])
+    assert turns(cache, 4) == [0, 0, 20, 20]
+    assert cache.answered() == (4, 40)
+    with (
+        no_file_beyond((tmp_path / "data.mdb").stat().st_size + 8192),
+        pytest.raises(lmdb.Error, match=r"Input|large|space"),
+    ):
+        tier.put_many([(key(number), value(number)) for number in range(20, 500)])
+    with no_file_beyond(8192):  # two pages, which say where the others are
+        assert turns(cache, 4) == [20] * 4, "what is there is served"
+        assert turns(cache, 4, first=5) == [0] * 4, "what cannot be written is computed"
+        assert cache.answered() == (8, 80)
+    assert cache.stack.stats[0].lost > 0
     assert verified(tier, 20) == 20
     tier.put_many([(key(600), value(600))])
     assert tier.get_many([key(600)]) == [value(600)]
+    cached = turns(cache, 6, first=5)
+    assert cached[2:] == [20] * 4, "and written as soon as there is room"
+    assert cache.answered() == (6, sum(cached))
+    assert cache.stack.close()
     tier.close()
 
 
 def test_a_writer_that_holds_the_lock_holds_up_writers_only(tmp_path):
     tier = DiskTier(tmp_path, 8 * MIB, sync=False)
     tier.put_many([(key(1), value(1))])
+    cache = Cache(6, [tier], queue_bytes=40 * LAYOUT.packed_bytes(0))
+    assert turns(cache, 4) == [0, 0, 20, 20]
+    assert cache.answered() == (4, 40)
     holder = subprocess.Popen(
         [
             sys.executable,
@@ -255,12 +306,36 @@ def test_a_writer_that_holds_the_lock_holds_up_writers_only(tmp_path):
     started = time.monotonic()
     assert tier.get_many([key(1)]) == [value(1)]
     assert time.monotonic() - started < 1
+    assert [cache.run(prompt(turn % 2)) for turn in range(60)] == [20] * 60, "read, however often"
+    assert [cache.run(prompt(seed)) for seed in (5, 6, 5)] == [0, 0, 20], "found while it waits to be written"
+    assert cache.stack.dropped_blocks == 0
+    assert [cache.run(prompt(seed)) for seed in range(10, 20)] == [0] * 10
+    assert cache.stack.dropped_blocks > 0, "the queue is full"
+    assert cache.answered() == (73, 61 * 20)
+    assert time.monotonic() - started < 10, "no step has waited"
+    started = time.monotonic()
+    assert not cache.stack.flush(0.2), "nothing was written meanwhile"
+    assert time.monotonic() - started < 1
+    assert not tier.contains(tier_key_of(cache, 5))
     holder.kill()
     holder.wait()
     holder.stdout.close()
+    assert cache.stack.flush(10)
+    assert tier.contains(tier_key_of(cache, 5))
+    assert turns(cache, 4, first=5) == [20] * 4
+    assert cache.answered() == (4, 80)
     tier.put_many([(key(2), value(2))])
     assert tier.get_many([key(2)]) == [value(2)]
+    assert cache.stack.close()
     tier.close()
+
+
+def tier_key_of(cache: Cache, seed: int) -> bytes:
+    """Where the first block of a prompt stands in a tier."""
+    seq = cache.core.open(prompt(seed))
+    found = tier_key("block", 0, seq.prompt_keys[0])
+    cache.core.close(seq)
+    return found
 
 
 def put_one_by_one(tier: DiskTier, count: int) -> None:
@@ -285,17 +360,24 @@ def test_a_small_file_system(tmp_path):
         assert 0 < verified(tier, 500) < 500
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", KVCacheWarning)
+            cached = []
             for turn in range(20):
-                cache.run(prompt(turn % 3))
+                cached.append(cache.run(prompt(turn % 3)))
                 cache.stack.flush(5)
             assert cache.stack.stats[0].lost > 0
+            assert cache.answered() == (20, sum(cached))
+            tier.delete_many([key(number) for number in range(500)])
+            turns(cache, 2)
+            cache.answered()
+            assert turns(cache, 4) == [20] * 4
+            assert cache.answered() == (4, 80)
             cache.stack.close()
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def newer_process(url: str) -> list[str]:
-    """What a process of the next format version finds of one prompt, twice."""
+    """Requests that a process of the next format version answers, and tokens that it finds: of one prompt, twice."""
     done = subprocess.run(
         [sys.executable, "-c", NEWER, url],
         # What the prompt's tokens are worth is a hash.
@@ -310,9 +392,10 @@ def newer_process(url: str) -> list[str]:
 def test_two_code_versions_share_a_file(tmp_path):
     """A process of another block format version, in every order: neither sees the other's blocks, both are served."""
     url = f"disk:{tmp_path}?max=8MiB&sync=off"
-    assert newer_process(url) == ["0", "20"]
+    assert newer_process(url) == ["1", "0", "1", "20"]
     cache = Cache(20, [url])
     assert cache.run(prompt(1)) == 0
+    assert cache.answered() == (1, 0)
     assert cache.stack.stats[0].refused == 0, "other keys: a plain miss"
     assert cache.stack.close()
     tier = DiskTier(tmp_path, 8 * MIB)
@@ -322,10 +405,12 @@ def test_two_code_versions_share_a_file(tmp_path):
     tier.close()
     again = Cache(20, [url])
     with pytest.warns(KVCacheWarning, match="another format version"):
-        again.run(prompt(1))
+        cached = again.run(prompt(1))
+    assert cached < 20, "up to the refused block"
+    assert again.answered() == (1, cached)
     assert again.stack.stats[0].refused == 1
     again.stack.close()
-    assert newer_process(url) == ["20", "20"]
+    assert newer_process(url) == ["1", "20", "1", "20"]
 
 
 NEWER = """
@@ -335,7 +420,8 @@ kvcache_core.blockformat.FORMAT_VERSION = 2
 from tests.tiers.test_tiering import Cache, prompt
 for _ in range(2):
     cache = Cache(20, [sys.argv[1]])
-    print(cache.run(prompt(1)))
+    cache.run(prompt(1))
+    print(*cache.answered())
     assert cache.stack.close()
 """
 
@@ -349,11 +435,13 @@ def test_the_clock_set_back_serves_what_was_written_in_the_future(tmp_path, monk
     monkeypatch.setattr(time, "time", lambda: 1e9)
     again = Cache(20, ["ram:1MiB", url])
     assert again.run(prompt(1)) == 20
-    again.run(prompt(2))
+    assert again.run(prompt(2)) == 0
+    assert again.answered() == (2, 20)
     assert again.stack.close()
     monkeypatch.undo()
     last = Cache(20, [url])
     assert [last.run(prompt(1)), last.run(prompt(2))] == [20, 20]
+    assert last.answered() == (2, 40)
     assert last.stack.close()
 
 

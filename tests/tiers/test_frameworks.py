@@ -240,6 +240,33 @@ def test_a_tier_that_fails_never_fails_the_model():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("framework", ["torch", "keras"])
+def test_one_changed_element_of_smollm2_is_another_model(framework):
+    """One bit of one of its 135 million elements, in a layer in the middle."""
+    smollm2 = pytest.importorskip("smollm2")
+    example = importlib.import_module(f"llama_{framework}")
+    model = example.from_checkpoint(smollm2.load_checkpoint())
+    before = identity_of(framework, model)
+    assert identity_of(framework, model) == before
+    if framework == "torch":
+        list(model.parameters())[100].view(torch.int32).view(-1)[-7] ^= 1
+    else:
+        values = np.array(model.weights[100])
+        values.view(np.int32).flat[-7] ^= 1
+        model.weights[100].assign(values)
+    assert identity_of(framework, model) != before
+
+
+def identity_of(framework: str, model: Any) -> bytes:
+    cache = {"torch": kvcache_torch, "keras": kvcache_keras}[framework].KVCache(64, tiers=["ram:1MiB"])
+    cache.attach(model, outputs="last")
+    identity = cache._portable_identity()
+    cache.detach()
+    cache.close()
+    return identity
+
+
+@pytest.mark.slow
 def test_smollm2_is_the_same_model_in_both_frameworks():
     smollm2 = pytest.importorskip("smollm2")
     checkpoint = smollm2.load_checkpoint()

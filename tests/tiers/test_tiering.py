@@ -32,6 +32,8 @@ class Cache:
         self.store = NumpyStore(LAYOUT, num_blocks)
         self.stack = TierStack(tiers, **{"promote": "always", **options})
         self.stack.bind(self.core, self.store)
+        self.served = 0
+        self._told = (0, 0)
 
     def open(self, prompt: list[int], salt: bytes = b"") -> Any:
         seq = self.core.open(prompt, salt)
@@ -54,7 +56,13 @@ class Cache:
         self.core.commit(plan)
         self.check(seq, prompt)
         self.core.close(seq)
+        self.served += 1
         return cached
+
+    def answered(self) -> tuple[int, int]:
+        """Requests answered right since this was last asked, and how many of their tokens came from the tiers."""
+        before, self._told = self._told, (self.served, self.stack.promoted_tokens)
+        return self._told[0] - before[0], self._told[1] - before[1]
 
     def check(self, seq: Any, prompt: list[int]) -> None:
         for layer in range(2):
@@ -68,6 +76,17 @@ class Cache:
 
 def content(tokens: list[int], layer: int, name: str) -> float:
     return float(hash((tuple(tokens), layer, name)) % 100_003)
+
+
+def turns(cache: Cache, count: int = 6, first: int = 0) -> list[int]:
+    """Two prompts that evict each other, in turn, each checked slot by slot; returns the tokens cached."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KVCacheWarning)
+        found = []
+        for turn in range(count):
+            found.append(cache.run(prompt(first + turn % 2)))
+            cache.stack.flush(5)
+    return found
 
 
 def prompt(seed: int, length: int = 21) -> list[int]:
@@ -397,6 +416,7 @@ def test_a_broken_tier_is_a_counted_miss_and_one_warning():
     ]
     assert len(warned) == 2
     assert cache.stack.stats[0].errors > 8
+    assert cache.answered() == (8, 120)
     cache.stack.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ from kvcache_core import InvalidInput, KVCacheWarning
 from kvcache_core.errors import TierError
 from kvcache_core.tier_valkey import ValkeyTier
 from kvcache_core.tiers import RamTier, open_tier
-from tests.tiers.test_tiering import Cache, prompt
+from tests.tiers.test_tiering import Cache, prompt, turns
 from tests.tiers.tlsproxy import OPENSSL, TlsProxy, make_certificate
 
 
@@ -27,15 +28,14 @@ def url(server: Any, more: str = "") -> str:
     return f"valkey://127.0.0.1:{server.port}/0?timeout=0.3{more}"
 
 
-def turns(cache: Cache, count: int = 6) -> list[int]:
-    """Prompts that evict each other, each checked slot by slot; returns the tokens cached."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", KVCacheWarning)
-        found = []
-        for turn in range(count):
-            found.append(cache.run(prompt(turn % 2)))
-            cache.stack.flush(5)
-    return found
+def until_used_again(cache: Cache, seconds: float) -> None:
+    """Ask on until both prompts come from the tier; every request meanwhile is answered right."""
+    found, deadline = turns(cache, 2), time.monotonic() + seconds
+    while found[-2:] != [20, 20]:
+        assert time.monotonic() < deadline, "the tier is not used again"
+        time.sleep(0.1)
+        found += turns(cache, 2)
+    assert cache.answered() == (len(found), sum(found))
 
 
 def test_values_expire_and_keys_have_a_prefix(valkey_server, valkey_url):
@@ -180,14 +180,15 @@ def test_killed_and_restarted_empty():
     port = server.port
     cache = Cache(6, [url(server)])
     assert turns(cache) == [0, 0, 20, 20, 20, 20]
+    assert cache.answered() == (6, 80)
     server.terminate()
     assert turns(cache, 10) == [0] * 10
+    assert cache.answered() == (10, 0)
     assert cache.stack.stats[0].errors > 0
     with ValkeyServer(port=port):
-        deadline = time.monotonic() + 20
-        while turns(cache, 2) != [20, 20]:
-            assert time.monotonic() < deadline, "the tier is not used again"
-            time.sleep(0.1)
+        until_used_again(cache, 20)
+        assert turns(cache, 4) == [20] * 4
+        assert cache.answered() == (4, 80)
     cache.stack.close()
 
 
@@ -197,6 +198,7 @@ def test_paused(pause):
     with ValkeyServer() as server:
         cache = Cache(6, [url(server)])
         turns(cache, 2)
+        assert cache.answered() == (2, 0)
         with server.client() as client:
             pid = client.info("server")["process_id"]
         os.kill(pid, signal.SIGSTOP)
@@ -204,18 +206,22 @@ def test_paused(pause):
             started = time.monotonic()
             assert turns(cache, 20) == [0] * 20
             assert time.monotonic() - started < 5
+            assert cache.answered() == (20, 0)
             with pytest.raises(TierError, match="is not asked again for"):
                 cache.stack.tiers[0].get_many([b"a"])
+            asked = 0
             while (turn := time.monotonic()) - started < pause:
                 assert turns(cache, 2) == [0] * 2
                 assert time.monotonic() - turn < 5
                 time.sleep(0.05)
+                asked += 2
+            assert cache.answered() == (asked, 0)
+            assert asked >= 4 * pause
         finally:
             os.kill(pid, signal.SIGCONT)
-        deadline = time.monotonic() + 20 + pause  # it is left alone for as long again
-        while turns(cache, 2) != [20, 20]:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        until_used_again(cache, 20 + pause)  # it is left alone for as long again
+        assert turns(cache, 4) == [20] * 4
+        assert cache.answered() == (4, 80)
         cache.stack.close()
 
 
@@ -224,6 +230,7 @@ def test_killed_in_mid_request():
     server.start()
     cache = Cache(6, [url(server)])
     assert turns(cache, 4) == [0, 0, 20, 20]
+    assert cache.answered() == (4, 40)
     killer = threading.Timer(0.05, server.terminate)
     killer.start()
     found, deadline = [], time.monotonic() + 20
@@ -232,7 +239,9 @@ def test_killed_in_mid_request():
         found += turns(cache, 2)
     killer.join()
     assert set(found) <= {0, 20}, "a prefix comes up whole or not at all, every slot checked"
+    assert cache.answered() == (len(found), sum(found))
     assert turns(cache, 10) == [0] * 10, "all computed, every slot checked"
+    assert cache.answered() == (10, 0)
     cache.stack.close()
 
 
@@ -241,6 +250,7 @@ def test_out_of_memory():
     with ValkeyServer(config={"maxmemory": "3mb", "maxmemory-policy": "noeviction"}) as server:
         cache = Cache(6, [url(server), RamTier(1 << 20)])
         turns(cache, 4)
+        assert cache.answered() == (4, 40)
         with server.client() as client:
             client.config_set("maxmemory", "1")
         for seed in (5, 6):
@@ -251,6 +261,11 @@ def test_out_of_memory():
         assert cache.stack.stats[0].lost > 0
         assert turns(cache, 2) == [20, 20]
         assert cache.run(prompt(5)) == 20, "the tier below took what the server refused"
+        assert cache.answered() == (5, 60)
+        with server.client() as client:
+            client.config_set("maxmemory", "3mb")
+        assert turns(cache, 4) == [20] * 4
+        assert cache.answered() == (4, 80)
         cache.stack.close()
 
 
@@ -261,20 +276,18 @@ class Liar:
         self.answer = answer
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
+        self.connections: list[socket.socket] = []
         self.thread = threading.Thread(target=self.serve, daemon=True)
         self.thread.start()
 
     def serve(self) -> None:
-        connections = []
         while True:
             try:
                 connection, _ = self.socket.accept()
             except OSError:
-                break
-            connections.append(connection)
+                return
+            self.connections.append(connection)
             threading.Thread(target=self.lie, args=(connection,), daemon=True).start()
-        for connection in connections:
-            connection.close()
 
     def lie(self, connection: socket.socket) -> None:
         try:
@@ -285,7 +298,13 @@ class Liar:
             return
 
     def close(self) -> None:
-        self.socket.close()
+        """Leave the port to another server: nobody is listened to or answered from now on."""
+        self.socket.shutdown(socket.SHUT_RDWR)
+        self.thread.join(5)
+        for one in [self.socket, *self.connections]:
+            with contextlib.suppress(OSError):  # the other side may have gone
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
 
 
 @pytest.mark.parametrize(
@@ -305,9 +324,15 @@ def test_garbage_answers_are_misses(answer):
     tier = ValkeyTier("127.0.0.1", liar.port, timeout=0.3)
     cache = Cache(6, [tier])
     assert turns(cache, 4) == [0] * 4
+    assert cache.answered() == (4, 0)
     assert cache.stack.stats[0].errors > 0
-    cache.stack.close()
     liar.close()
+    with ValkeyServer(port=liar.port):
+        until_used_again(cache, 20)
+        assert turns(cache, 4) == [20] * 4
+        assert cache.answered() == (4, 80)
+        cache.stack.close()
+        tier.close()
 
 
 # ---- bad input --------------------------------------------------------------------------------------------------
