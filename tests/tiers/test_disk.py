@@ -285,7 +285,7 @@ def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path):
 
 def test_a_writer_that_holds_the_lock_holds_up_writers_only(tmp_path):
     tier = DiskTier(tmp_path, 8 * MIB, sync=False)
-    tier.put_many([(key(1), value(1))])
+    tier.put_many([(key(number), value(number)) for number in range(300)])
     cache = Cache(6, [tier], queue_bytes=40 * LAYOUT.packed_bytes(0))
     assert turns(cache, 4) == [0, 0, 20, 20]
     assert cache.answered() == (4, 40)
@@ -304,7 +304,8 @@ def test_a_writer_that_holds_the_lock_holds_up_writers_only(tmp_path):
     assert holder.stdout is not None
     holder.stdout.readline()
     started = time.monotonic()
-    assert tier.get_many([key(1)]) == [value(1)]
+    assert verified(tier, 300) == 300, "so many that their order of use is to be written"
+    assert verified(tier, 300) == 300
     assert time.monotonic() - started < 1
     assert [cache.run(prompt(turn % 2)) for turn in range(60)] == [20] * 60, "read, however often"
     assert [cache.run(prompt(seed)) for seed in (5, 6, 5)] == [0, 0, 20], "found while it waits to be written"

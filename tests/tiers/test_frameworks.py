@@ -251,7 +251,7 @@ def test_one_changed_element_of_smollm2_is_another_model(framework):
     if framework == "torch":
         list(model.parameters())[100].view(torch.int32).view(-1)[-7] ^= 1
     else:
-        values = np.array(model.weights[100])
+        values = model.weights[100].numpy().copy()
         values.view(np.int32).flat[-7] ^= 1
         model.weights[100].assign(values)
     assert identity_of(framework, model) != before
