@@ -69,7 +69,6 @@ class KVCache(FrontendCache):
         self._weights: weakref.WeakKeyDictionary[Any, Fingerprint] = weakref.WeakKeyDictionary()
         self._routes: Routes | None = None
         self._undo: list[Callable[[], Any]] = []
-        self._compiled = False
 
     def _prepare(self) -> None:
         if self._core is None and not tf.executing_eagerly():
@@ -210,7 +209,6 @@ class KVCache(FrontendCache):
         with self._prepare_lock:
             if self._runner is None:
                 self._runner = StepRunner(self.model, store, self.spec.dtype, self.frames)
-                self._runner.compiled = self._compiled
             return self._runner
 
     def compile(self) -> None:
@@ -226,7 +224,7 @@ class KVCache(FrontendCache):
             raise UsageError("weights that a ParameterCache reads from a file cannot be compiled into a step")
         if any(kind == "state" for kind, _ in self.store.layout.groups):
             raise UsageError("steps of a model with state layers cannot be compiled: use the cache without compile()")
-        self._compiled = self.runner.compiled = True
+        self.runner.compiled = True
 
     def _run_step(self, plan: StepPlan) -> NDArray[Any]:
         with not_recording():
@@ -249,7 +247,7 @@ class KVCache(FrontendCache):
         The graph works on a copy of the rows' context. Where that would be larger than the pool itself, and where
         there is no room for all ``count`` tokens, the steps are run one by one.
         """
-        if self._compiled or any(kind == "state" for kind, _ in self.store.layout.groups):
+        if self.runner.compiled or any(kind == "state" for kind, _ in self.store.layout.groups):
             return super().decode_greedy(seqs, token_ids, count, eos_ids)  # a state is behind all of a step's tokens
         if any(len(ids) != 1 for ids in token_ids):
             first = self.step_greedy(seqs, token_ids)[:, None]

@@ -58,15 +58,11 @@ def shared_cuts(plan: StepPlan, store: TensorStore) -> list[Cuts]:
     return [(0,) * (levels - len(cuts)) + cuts[:levels] for cuts, _ in found]
 
 
-def blocks_read(plan: StepPlan, cuts: Sequence[Cuts]) -> int:
-    """Blocks that a step reads in a layer; of the layer group with the most."""
-    counts = [0]
-    for group, at in zip(plan.groups, cuts, strict=True):
-        if group.kind != "state":
-            blocks, _ = _visible_blocks(group)
-            own = blocks[:, at[-1] :] if at else blocks
-            counts.append(own.size + sum(array.size for array in pack_levels(blocks, at)[::3]))
-    return max(counts)
+def blocks_read(packed: Sequence[NDArray[Any]], levels: int) -> int:
+    """Blocks that a packed step without state layers reads in a layer; of the layer group with the most."""
+    groups, each = packed[4:], 4 + 3 * levels
+    tables = (1, *range(4, each, 3))
+    return max(sum(groups[at + table].size for table in tables) for at in range(0, len(groups), each))
 
 
 def in_buckets(packed: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:

@@ -70,12 +70,12 @@ class StepRunner:
         None if the rows' context, of which the graph makes a copy, is larger than the pool.
         """
         cuts = shared_cuts(plan, self._store)
-        if blocks_read(plan, cuts) > self._store.num_blocks:
+        levels, packed = len(cuts[0]), pack(plan, self._store, cuts)
+        if blocks_read(packed, levels) > self._store.num_blocks:
             return None
         self.copy(plan)
         ends = np.array(sorted(eos_ids), np.int32)
-        graph = self.function("loop", len(cuts[0]))
-        chosen: NDArray[np.int32] = graph(ends, *pack(plan, self._store, cuts)).numpy()
+        chosen: NDArray[np.int32] = self.function("loop", levels)(ends, *packed).numpy()
         return chosen
 
     def copy(self, plan: StepPlan) -> None:

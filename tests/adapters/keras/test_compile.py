@@ -33,3 +33,16 @@ def test_state_layers_are_refused() -> None:
     config = DecoderConfig(convs=((2, 1),))
     with pytest.raises(UsageError, match="state layers"):
         KerasBackend(config, make_weights(config), 20).cache.compile()
+
+
+def test_compiling_ends_when_the_model_is_detached() -> None:
+    config = DecoderConfig()
+    cache = KerasBackend(config, make_weights(config), 20).cache
+    cache.compile()
+    model = cache.model
+    cache.detach()
+    cache.attach(model)
+    seq = cache.open([1, 2, 3])
+    cache.step([seq], [[1, 2, 3]])
+    cache.step([seq], [[4]])
+    assert cache.runner.traces == {"prefill": 1, "decode": 1}

@@ -229,6 +229,8 @@ def test_a_graph_goes_by_the_same_file(tmp_path, verify):
         parameters = ParameterCache(tmp_path / str(seed), memory="1MiB")
         parameters.attach(model)
         cache.attach(model, kind="tokens")
+        with pytest.raises(UsageError, match="cannot be compiled"):
+            cache.compile()
         with cache:
             graph = in_graph(model)
             np.testing.assert_allclose(graph(x), expected, rtol=1e-4, atol=1e-5)
