@@ -56,8 +56,9 @@ class FrontendCache(Serving):
         """Compute prompts before traffic comes; returns how many tokens were not cached yet.
 
         Args:
-            prompts: lists of token ids. For activations: inputs, each a tensor, a tuple of arguments or a dict of
-                keyword arguments; then the number is of samples that were not cached yet.
+            prompts: lists of token ids. For activations: batches of inputs, each a tensor, a tuple of arguments or a
+                dict of keyword arguments (a list, a data loader, any iterable of them), or one such tensor or dict
+                alone; then the number is of samples that were not cached yet.
             bar: whether a progress bar is drawn on standard error; None: where that is a terminal.
         """
         if self._kind == "activation" or (self._kind is None and not _are_prompts(prompts)):
@@ -74,7 +75,9 @@ class FrontendCache(Serving):
                 seq.close()
         return computed
 
-    def _warm_entries(self, inputs: Sequence[Any], bar: bool | None) -> int:
+    def _warm_entries(self, inputs: Any, bar: bool | None) -> int:
+        if isinstance(inputs, dict) or hasattr(inputs, "shape"):  # iterated, its rows or names would pass for batches
+            inputs = [inputs]
         before = self.sites.entries.miss_entries
         with self:
             for given in progress(inputs, "warm", show=bar):
@@ -203,7 +206,7 @@ class FrontendCache(Serving):
 
 
 def _are_prompts(prompts: Sequence[Any]) -> bool:
-    """Whether each is a list of token ids."""
-    return all(
+    """Whether each is a list of token ids. Only lists are looked into: a generator would lose what was looked at."""
+    return isinstance(prompts, list | tuple) and all(
         isinstance(prompt, list | tuple) and all(isinstance(token, int) for token in prompt) for prompt in prompts
     )

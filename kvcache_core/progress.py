@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from operator import length_hint
 from typing import TextIO, TypeVar
 
 __all__ = ["progress"]
@@ -13,12 +14,12 @@ _Item = TypeVar("_Item")
 
 
 def progress(
-    items: Sequence[_Item], what: str, *, show: bool | None = None, stream: TextIO | None = None
+    items: Iterable[_Item], what: str, *, show: bool | None = None, stream: TextIO | None = None
 ) -> Iterator[_Item]:
     """Go through ``items`` and show how far it is.
 
     Args:
-        items: what to go through.
+        items: what to go through; without a known length there is no bar.
         what: the word in front of the bar.
         show: whether there is a bar; None: where ``stream`` is a terminal.
         stream: where it is drawn; default standard error.
@@ -29,10 +30,10 @@ def progress(
         [1, 2]
     """
     where = sys.stderr if stream is None else stream
-    if not (where.isatty() if show is None else show) or not items:
+    count, drawn = length_hint(items), -1
+    if not (where.isatty() if show is None else show) or not count:
         yield from items
         return
-    count, drawn = len(items), -1
     try:
         for done, item in enumerate(items):
             drawn = _draw(where, what, done, count, drawn)

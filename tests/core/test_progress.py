@@ -51,3 +51,14 @@ def test_nothing_to_do():
     stream = io.StringIO()
     assert list(progress([], "warm", show=True, stream=stream)) == []
     assert stream.getvalue() == ""
+
+
+def test_without_a_known_length_there_is_no_bar():
+    stream = io.StringIO()
+    assert list(progress(iter_of_two(), "warm", show=True, stream=stream)) == [1, 2]
+    assert stream.getvalue() == ""
+
+
+def iter_of_two():
+    yield 1
+    yield 2

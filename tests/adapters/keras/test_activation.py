@@ -293,6 +293,7 @@ def test_admission_warm_resize_clear(layer):
     cache = KVCache(64, admit=AfterSightings(2))
     cache.attach(layer)
     assert cache.warm([rows(0), rows(0)]) == 10
+    assert cache.warm(rows(0)) == 0, "one batch alone"
     assert cache.stats().entries == 5
     cache.resize(3)
     assert cache.stats().entries == 3

@@ -541,6 +541,15 @@ def test_warm_resize_clear_invalidate(model, cache):
     assert cache.stats().entries == 4 and cache.stats().bytes == 64
 
 
+def test_warm_takes_one_batch_alone_and_any_iterable(model, cache):
+    assert cache.warm(rows(0)) == 5
+    assert cache.warm({"x": rows(1)}) == 5
+    assert cache.warm((batch for batch in (rows(2), rows(0))), bar=True) == 5
+    model.rows = 0
+    cached(cache, torch.cat([rows(2), rows(0)]))
+    assert model.rows == 0
+
+
 def test_warm_draws_a_bar_and_stats_advise(model, cache, capsys):
     cache.record(100)
     assert cache.warm([rows(0), rows(1), rows(0)], bar=True) == 10
