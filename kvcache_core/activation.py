@@ -214,7 +214,8 @@ class ActivationSite(ABC):
             raise InvalidInput(
                 f"every split input needs a row per sample, got {counts} rows; name the others in shared="
             )
-        fields = (self.namespace(), mode, bytes(is_split), ",".join(map(str, dtypes)).encode(), tree.encode())
+        names = ",".join(str(getattr(dtype, "name", dtype)) for dtype in dtypes)  # numpy's and TensorFlow's are alike
+        fields = (self.namespace(), mode, bytes(is_split), names.encode(), tree.encode())
         prefix = b"".join(struct.pack("<Q", len(field)) + field for field in fields)
         return sample_keys(prefix, split, whole, counts[0])
 

@@ -294,6 +294,7 @@ def test_admission_warm_resize_clear(layer):
     cache.attach(layer)
     assert cache.warm([rows(0), rows(0)]) == 10
     assert cache.warm(rows(0)) == 0, "one batch alone"
+    assert cache.warm(np.asarray(rows(0))) == 0, "an array is found as the tensor of the same values"
     assert cache.stats().entries == 5
     cache.resize(3)
     assert cache.stats().entries == 3
