@@ -24,7 +24,7 @@ export KERAS_BACKEND := tensorflow
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-short test test-slow lint format bench wheel clean distclean
+.PHONY: help venv demo demo-short test test-slow supported lint format bench wheel clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -54,6 +54,9 @@ test: $(STAMP)  ## the test suite (not the slow tests)
 
 test-slow: $(STAMP)  ## the slow tests: full-size model, long runs
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile -m slow $(ARGS)
+
+supported: $(STAMP)  ## the table in docs/supported.md, from a run of the tests of every family
+	HF_HUB_OFFLINE=1 $(PY) -m tests.supported -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(STAMP)  ## ruff (rules and format) and mypy
 	$(PY) -m ruff check .

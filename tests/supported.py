@@ -1,19 +1,25 @@
 """The table of what is supported: each test that has shown a cell to hold says so, and the docs show the cells.
 
-A test calls :func:`proven` at its end. In a normal run the cell must stand in ``docs/supported.json``; with
-``KVCACHE_WRITE_SUPPORTED=1`` it is written there. ``python -m tests.supported`` then makes ``docs/supported.md``. A
-test module compares what the file claims for it with its own parameters (:func:`claimed`): no cell outlives its test.
+A test calls :func:`proven` at its end. In a normal run the cell must stand in ``docs/supported.json``. ``make
+supported`` runs all tests that call it, the slow ones too, and if all pass makes the table anew from the cells of that
+run, and ``docs/supported.md`` from the table. A test module compares what the table claims for it with its own
+parameters (:func:`claimed`): no cell outlives its test.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-TABLE, PAGE = DOCS / "supported.json", DOCS / "supported.md"
+ROOT = Path(__file__).resolve().parent.parent
+TABLE, PAGE = ROOT / "docs/supported.json", ROOT / "docs/supported.md"
+WRITING = "KVCACHE_PROVEN"
+"""The variable that names the file a run writes its cells to."""
 
 MODES = (
     *("forward", "stepwise", "greedy", "sampling", "padding", "beam search", "several sequences", "assisted"),
@@ -23,8 +29,8 @@ MODES = (
 
 _HEAD = """# What is supported
 
-Made from the test run (`KVCACHE_WRITE_SUPPORTED=1 make test`, then `python -m tests.supported`); do not edit. A cell
-says that a test with a small random model of the family has shown the cached result to equal the uncached one:
+Made by `make supported` from a run of the tests; do not edit. A cell says that in that run a test with a small random
+model of the family has shown the cached result to equal the uncached one:
 
 - forward: `with cache: model(ids)`, nothing, a part and all of it cached
 - stepwise: random splits into steps over ragged rows, forks and truncations, and the library's own `generate`
@@ -43,21 +49,14 @@ def proven(framework: str, family: str, mode: str) -> None:
         family: a row, for example ``"Llama"``.
         mode: a column, see :data:`MODES`.
     """
-    if not os.environ.get("KVCACHE_WRITE_SUPPORTED"):
-        if (family, mode) not in claimed(framework):
-            raise AssertionError(
-                f"docs/supported.json does not have {framework!r}, {family!r}, {mode!r}: run the tests once with "
-                "KVCACHE_WRITE_SUPPORTED=1, then python -m tests.supported"
-            )
-        return
-    with open(DOCS / ".supported.lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        table = _read()
-        cells = table.setdefault(framework, {}).setdefault(family, [])
-        if mode not in cells:
-            cells.append(mode)
-            cells.sort()
-            TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    cells = os.environ.get(WRITING)
+    if cells is not None:
+        with open(cells, "a", encoding="utf-8") as file:  # one short line: appended whole, whoever else writes
+            file.write(json.dumps([framework, family, mode]) + "\n")
+    elif (family, mode) not in claimed(framework):
+        raise AssertionError(
+            f"docs/supported.json does not have {framework!r}, {family!r}, {mode!r}: run make supported"
+        )
 
 
 def claimed(framework: str) -> set[tuple[str, str]]:
@@ -83,5 +82,31 @@ def _read() -> dict[str, dict[str, list[str]]]:
     return table
 
 
-if __name__ == "__main__":
+def write(cells: Iterable[tuple[str, str, str]]) -> None:
+    """Make the table and the page anew from (framework, family, mode)."""
+    table: dict[str, dict[str, list[str]]] = {}
+    for framework, family, mode in sorted(set(cells)):
+        table.setdefault(framework, {}).setdefault(family, []).append(mode)
+    TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     PAGE.write_text(page(), encoding="utf-8")
+
+
+def main(options: Sequence[str]) -> int:
+    """Run the tests that prove cells, with more options for pytest; the table is left alone unless all pass."""
+    tests = [path for path in sorted((ROOT / "tests/adapters").rglob("test_*.py")) if "proven(" in path.read_text()]
+    with tempfile.TemporaryDirectory() as folder:
+        cells = Path(folder, "cells")
+        # What the table claims now is not what this run is about.
+        chosen = ["-m", "slow or not slow", "-k", "not the_table_claims"]
+        code = subprocess.call(
+            [sys.executable, "-m", "pytest", *chosen, *options, *map(str, tests)],
+            cwd=ROOT,
+            env={**os.environ, WRITING: str(cells)},
+        )
+        if not code:
+            write(tuple(json.loads(line)) for line in cells.read_text(encoding="utf-8").splitlines())
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
