@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import index
 
 import numpy as np
@@ -24,8 +24,6 @@ def token_array(token_ids: TokenIds, what: str) -> array[int]:
         InvalidInput: empty, not one-dimensional, negative or above 2**31 - 1.
     """
     if isinstance(token_ids, (list, tuple)):
-        if token_ids and isinstance(token_ids[0], bool):
-            raise InvalidType(f"{what} must be integers, got {_sample(token_ids)}")
         try:
             # An array of unsigned integers takes them in half the time of signed ones.
             tokens = array("i", array("I", token_ids).tobytes())
@@ -50,7 +48,16 @@ def token_array(token_ids: TokenIds, what: str) -> array[int]:
     lowest = min(tokens) if len(tokens) < 64 else np.frombuffer(tokens, np.int32).min()
     if lowest < 0:
         raise InvalidInput(f"{what} has a token id outside 0 .. {MAX_TOKEN}: {int(lowest) % 2**32}")
+    if lowest < 2 and isinstance(token_ids, (list, tuple)):
+        _refuse_bools(token_ids, tokens, what)
     return tokens
+
+
+def _refuse_bools(token_ids: Sequence[int], tokens: array[int], what: str) -> None:
+    """A bool has become 0 or 1, so no other token needs a look."""
+    for at in np.flatnonzero(np.frombuffer(tokens, np.int32) < 2).tolist():
+        if isinstance(token_ids[at], bool):
+            raise InvalidType(f"{what} must be integers, got {token_ids[at]} at {at}")
 
 
 def check_salt(salt: bytes) -> None:

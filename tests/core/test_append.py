@@ -110,7 +110,10 @@ def test_a_row_without_room_leaves_the_others_as_they_were():
 
 @pytest.mark.parametrize(
     ("tokens", "error"),
-    [(-1, InvalidInput), (2**31, InvalidInput), (1.5, InvalidType), ("x", KVCacheError), (None, KVCacheError)],
+    [
+        *((-1, InvalidInput), (2**31, InvalidInput), (1.5, InvalidType), (True, InvalidType)),
+        *(("x", KVCacheError), (None, KVCacheError)),
+    ],
 )
 def test_bad_tokens_change_nothing(tokens, error):
     core = BlockCache(8, 4)
