@@ -145,15 +145,15 @@ class KVCache(ModelSteps):
         del self._driver  # it holds the model
 
     def compile(self, *, pack_weights: bool = False) -> None:
-        """Make decode steps of the attached model faster, at the price of compiling them once.
+        """Make steps of the attached model faster, at the price of compiling once.
 
         Steps of one token per row then run through ``torch.compile``: one graph for a single row, one for any larger
-        number, each compiled at its first use. On a CPU, attention of decode steps and
-        :func:`kvcache_torch.linear` of few rows run in kernels that are compiled for this machine and used by the whole
-        process; on a GPU, attention reads by block table where FlashInfer, FlashAttention or FlexAttention can
-        (:mod:`kvcache_torch.paged`). Prompts and ``model(x)`` run as before on a CPU. Where nothing can be compiled (no
-        C++ compiler on a CPU) a warning says so and steps run as before; models of transformers are not compiled, only
-        their attention and linear layers use the kernels. Call it again after attaching another model.
+        number, each compiled at its first use. On a CPU, attention of all steps and :func:`kvcache_torch.linear` of few
+        rows run in kernels that are compiled for this machine and used by the whole process; on a GPU, attention reads
+        by block table where FlashInfer, FlashAttention or FlexAttention can (:mod:`kvcache_torch.paged`). Where nothing
+        can be compiled (no C++ compiler on a CPU) a warning says so and steps run as before; models of transformers are
+        not compiled, only their attention and linear layers use the kernels. Call it again after attaching another
+        model.
 
         Args:
             pack_weights: on a CPU, also keep a copy of every float32 matrix in the order that is read fastest when

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcache_core.extents import packed_extents, past_extents
 from kvcache_core.plan import GroupPlan, StepPlan
-from kvcache_torch.native import DecodeReads, active
+from kvcache_torch.native import DecodeReads, PrefillReads, active
 from kvcache_torch.reading import Read, plan_reads
 
 __all__ = ["GroupStep"]
@@ -39,12 +39,14 @@ class GroupStep:
         return plan_reads(self.group.extents if self.decodes else past_extents(self.group), self._device)
 
     @cached_property
-    def native(self) -> DecodeReads | None:
-        """The same for the decode kernel in C, where it is in use."""
-        kernels = active()
-        if kernels is None or not self.decodes:
+    def native(self) -> DecodeReads | PrefillReads | None:
+        """The same for the kernels in C, where they are in use."""
+        kernels, group = active(), self.group
+        if kernels is None:
             return None
-        return DecodeReads(kernels, self.group.extents, self.group.slots[:, 0].tolist())
+        if self.decodes:
+            return DecodeReads(kernels, group.extents, group.slots[:, 0].tolist())
+        return PrefillReads(kernels, group.extents, group.slots, group.starts, group.ends - group.starts, group.window)
 
     @cached_property
     def converted(self) -> _Packed:

@@ -1,4 +1,4 @@
-"""Two kernels in C for decode steps, compiled on this machine for this machine when a cache is asked to compile."""
+"""Kernels in C for attention and decode steps, compiled for this machine when a cache is asked to compile."""
 
 from __future__ import annotations
 
@@ -13,16 +13,25 @@ from functools import cache
 from itertools import accumulate, chain
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcache_core.extents import shared_extents
 
-__all__ = ["DecodeReads", "Kernels", "active", "load", "use_native"]
+__all__ = ["DecodeReads", "Kernels", "PrefillReads", "active", "load", "use_native"]
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("decode.c", "linear.c")]
+_FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC"]
+_SOURCES = {"decode.c": ["-ffast-math"], "linear.c": ["-ffast-math"], "prefill.c": []}
+"""The sources, and what each is compiled with besides."""
 _WIDEST = 256
 """Largest head size, as in the source."""
+_FEWEST = 8
+"""Queries of a row and a K/V head from which on the kernel for several tokens is faster than PyTorch's attention over
+any context, as `python tests/bench/torch_prefill.py` has measured it."""
+_FOREVER = 1 << 40
+"""A window that hides nothing."""
 _PIECE = 256
 """Tokens of a piece of K/V that one thread reads: small enough that all threads have as much to do."""
 
@@ -39,6 +48,9 @@ class Kernels:
         self.decode = library.kvcache_decode
         self.decode.restype = None
         self.decode.argtypes = [*[ctypes.c_void_p] * 14, ctypes.c_float]
+        self.prefill = library.kvcache_prefill
+        self.prefill.restype = None
+        self.prefill.argtypes = [*[ctypes.c_void_p] * 10, ctypes.c_int64, ctypes.c_float]
         self._linear = library.kvcache_linear
         self._linear.restype = None
         self._linear.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3]
@@ -123,6 +135,71 @@ class DecodeReads:
         return out
 
 
+class PrefillReads:
+    """What the rows of a step of several tokens read and write, for the kernel: made once for all layers of a group.
+
+    Args:
+        kernels: the library.
+        per_row: per row, (first slot, tokens, first position) of each of its extents, its new tokens included.
+        slots: int64 [B, T], where each row's new K and V go.
+        starts: int64 [B], tokens each row has before the step.
+        counts: int64 [B], new tokens of each row.
+        window: tokens that a token sees, itself included; None for all.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        per_row: Sequence[Sequence[tuple[int, int, int]]],
+        slots: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        window: int | None = None,
+    ) -> None:
+        self._prefill = kernels.prefill
+        sizes = [len(extents) for extents in per_row]
+        firsts = [0, *accumulate(sizes)][:-1]
+        self._rows = np.stack([starts, counts, firsts, sizes], axis=1).astype(np.int64)
+        self._extents = np.array(list(chain.from_iterable(per_row)), np.int64)
+        self._slots = np.ascontiguousarray(slots, np.int64)
+        self._lists = [numbers.ctypes.data for numbers in (self._rows, self._extents, self._slots)]
+        self._window = _FOREVER if window is None else window
+
+    @staticmethod
+    def serve(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> bool:
+        """Whether these are what the kernel is for: float32 on the CPU, V's head size a multiple of 8, not too few
+        queries.
+        """
+        return (
+            keys.dtype == values.dtype == q.dtype == torch.float32
+            and q.device.type == "cpu"
+            and max(q.shape[3], v.shape[3]) <= _WIDEST
+            and not v.shape[3] % 8
+            and q.shape[2] * q.shape[1] >= _FEWEST * k.shape[1]
+            and q.stride(3) == k.stride(3) == v.stride(3) == 1
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
+        """Write the new K and V [B, H, T, D] into the pool's [H, slots, D], and attend q [B, Hq, T, D].
+
+        Returns:
+            [B, Hq, T, Dv], a view of [B, T, Hq, Dv]: what a model's next product takes.
+        """
+        rows, queries, tokens, width = q.shape
+        heads = keys.shape[0]
+        out = q.new_empty(rows, tokens, queries, v.shape[3])
+        sizes = (rows, heads, queries // heads, tokens, width, v.shape[3], torch.get_num_threads())
+        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], keys.stride(0), values.stride(0))
+        self._prefill(
+            *(tensor.data_ptr() for tensor in (q, k, v, keys, values, out)),
+            (ctypes.c_int64 * 18)(*sizes, *strides),
+            *self._lists,
+            self._window,
+            width**-0.5 if scale is None else scale,
+        )
+        return out.transpose(1, 2)
+
+
 _active: list[Kernels] = []
 """The kernels, once :func:`use_native` has found them."""
 
@@ -148,14 +225,14 @@ def load() -> Kernels | None:
         return None
     # Compiled for OpenMP but not linked against it: it must use the threads of the runtime that PyTorch has loaded.
     # Linked without -ffast-math, which would change how the whole process treats denormal numbers.
-    flags = ["-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC"]
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "kernels.so"
-        objects = [Path(folder) / f"{source.stem}.o" for source in _SOURCES]
+        objects = [str(Path(folder) / f"{name}.o") for name in _SOURCES]
         try:
-            for source, built in zip(_SOURCES, objects, strict=True):
-                _run([compiler, *flags, "-c", str(source), "-o", str(built)])
-            _run([compiler, "-shared", *map(str, objects), "-o", str(library), "-lm"])
+            for (name, flags), built in zip(_SOURCES.items(), objects, strict=True):
+                source = str(Path(__file__).with_name(name))
+                _run([compiler, *_FLAGS, *flags, "-c", source, "-o", built])
+            _run([compiler, "-shared", *objects, "-o", str(library), "-lm"])
             return Kernels(library)
         except (OSError, subprocess.SubprocessError, AttributeError):
             return None

@@ -12,7 +12,6 @@ from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.plan import StepPlan
 from kvcache_torch.groupstep import GroupStep
 from kvcache_torch.kernels import attend_all, attend_masked, attend_with_lse
-from kvcache_torch.native import DecodeReads
 from kvcache_torch.paged import PagedReads, choose
 from kvcache_torch.reading import attend_reads
 from kvcache_torch.recorder import check_query
@@ -74,7 +73,7 @@ class Step:
         if self.converts:
             return self._attend_converted(q, k, v, layer, scale, softcap)
         keys, values = self.store.pair(layer)
-        if softcap is None and group.native is not None and DecodeReads.serve(q, k, v, keys, values):
+        if softcap is None and group.native is not None and group.native.serve(q, k, v, keys, values):
             return group.native.attend(q, k, v, keys, values, scale)
         run = group.run
         if run is None:
