@@ -63,7 +63,10 @@ class Attaching(ModelBinding):
             kind = "tokens"
         other = attached_to(model)
         if other is not None and other is not self:
-            raise UsageError("the model is attached to another cache; call that cache's detach() first")
+            raise UsageError(
+                "the model is attached to another cache; call that cache's detach() first, or, where that is out of "
+                "reach, detach(model) of this one"
+            )
         if self.model is not None and self.model is not model and kind != "activation" != self._kind:
             raise UsageError(
                 "this cache has a model already; call detach() first, or make a second cache (modules attached with "
@@ -90,11 +93,18 @@ class Attaching(ModelBinding):
         """Undo :meth:`attach`; returns the model as it was. What is cached stays, for when it is attached again.
 
         Args:
-            model: which one, if several are attached; default the first one.
+            model: which one, if several are attached; default the first one. One that is attached to another cache,
+                perhaps no longer in reach (a notebook's cell was run again), is detached from that.
+
+        Raises:
+            UsageError: no model is attached, or its cache is active in this thread.
         """
         model = self.model if model is None else model
-        if model is None or attached_to(model) is not self:
+        owner = None if model is None else attached_to(model)
+        if owner is None:
             raise UsageError("no model is attached to this cache")
+        if owner is not self:
+            return owner.detach(model)
         if self._active() is self:
             raise UsageError("cannot detach inside `with cache:`; leave the block first")
         self._uninstall(model)

@@ -468,6 +468,19 @@ def test_unattached_nested_and_attached_twice(model, cache):
         KVCache(4).attach(lambda x: x)
 
 
+def test_a_model_whose_cache_is_out_of_reach_can_be_attached_again(model):
+    KVCache(4).attach(model)
+    cache = KVCache(4)
+    with pytest.raises(UsageError, match=r"detach\(model\) of this one"):
+        cache.attach(model)
+    assert cache.detach(model) is model
+    assert "forward" not in vars(model)
+    assert cache.attach(model) is model
+    cache.detach()
+    with pytest.raises(UsageError, match="no model is attached"):
+        cache.detach(model)
+
+
 class Odd(nn.Module):
     """One attention layer whose call can be spoilt."""
 
