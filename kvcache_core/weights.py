@@ -58,50 +58,76 @@ class ContentSample:
         always: list[NDArray[Any]] = []
         rotating: list[NDArray[Any]] = []
         for array, row in zip(arrays, row_sizes, strict=True):
-            bits = array.view(f"u{array.dtype.itemsize}") if array.dtype.itemsize <= 8 else array.view("u8")
+            bits = array.view(f"u{min(8, array.itemsize)}")
             if small or bits.size <= 4 * _ALWAYS:
                 always.append(bits)
                 continue
             always += (bits[:: -(-bits.size // _ALWAYS)], bits[-1:])
             rotating.append(bits[:: max(1, row - 1)])
-        self._phases = [_Part(always)]
-        self._phases += [_Part([bits[phase::_PHASES] for bits in rotating]) for phase in range(_PHASES)]
-        if not rotating:
-            del self._phases[1:]
+        self._arrays = list(arrays)  # the memory that is read
+        self._always, self._rotating = _places_of(always), _places_of(rotating)
         self._next = 0
 
     def changed(self) -> bool:
         """Whether a look finds other elements than before; what it finds then is what later looks compare with."""
-        parts = self._phases[:1]
-        if len(self._phases) > 1:
-            self._next = self._next % _PHASES + 1
-            parts = [*parts, self._phases[self._next]]
-        if not any(part.changed() for part in parts):
+        self._next = (self._next + 1) % _PHASES
+        if not (
+            any(places.changed() for places in self._always)
+            or any(places.changed(self._next, _PHASES) for places in self._rotating)
+        ):
             return False
-        for part in self._phases:
-            part.changed()
+        for places in (*self._always, *self._rotating):
+            places.look()
         return True
 
     def digest(self) -> bytes:
         """16 bytes that stand for the elements that later looks compare with."""
-        return digest_of([seen for part in self._phases for seen in part.seen])
+        return digest_of([places.seen for places in (*self._always, *self._rotating)])
 
 
-class _Part:
-    """Elements that are compared together, one array per element size."""
+class _Places:
+    """Elements of one size, wherever in memory they lie, and what they were at the last look.
 
-    def __init__(self, views: Sequence[NDArray[Any]]) -> None:
-        sizes = sorted({view.dtype.itemsize for view in views})
-        self._views = [[view for view in views if view.dtype.itemsize == size] for size in sizes]
-        self.seen = [np.concatenate(group) for group in self._views]
-        self._now = [seen.copy() for seen in self.seen]
+    One gather reads them all: an array for each weight would take longer to find than its elements to read.
 
-    def changed(self) -> bool:
-        """Whether an element differs from the last look; the next look compares with this one."""
-        different = False
-        for at, group in enumerate(self._views):
-            np.concatenate(group, out=self._now[at])
-            if not np.array_equal(self._now[at], self.seen[at]):
-                different = True
-                self._now[at], self.seen[at] = self.seen[at], self._now[at]
-        return different
+    Args:
+        size: bytes of an element.
+        offset: what their addresses leave when divided by the size.
+        numbers: int64, address // size of each.
+    """
+
+    def __init__(self, size: int, offset: int, numbers: NDArray[np.int64]) -> None:
+        self._memory = np.asarray(_Memory(size, offset))
+        self._numbers = numbers - 1
+        self.look()
+
+    def look(self) -> None:
+        """What is there now is what later looks compare with."""
+        self.seen = self._memory[self._numbers]
+
+    def changed(self, phase: int = 0, phases: int = 1) -> bool:
+        """Whether one of every ``phases``-th element, from number ``phase`` on, differs from what was seen."""
+        part = slice(phase, None, phases)
+        return not np.array_equal(self._memory[self._numbers[part]], self.seen[part])
+
+
+class _Memory:
+    """All of memory as one array, from its first element but one. Only what is known to be there may be read."""
+
+    def __init__(self, size: int, offset: int) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": np.dtype(f"u{size}").str,
+            "data": (size + offset, True),  # not 0: an array's address may not be null
+            "shape": (2**62 // size,),
+        }
+
+
+def _places_of(views: Sequence[NDArray[Any]]) -> list[_Places]:
+    """The elements of all views, [N] each, those of equal size and alignment together."""
+    found: dict[tuple[int, int], list[NDArray[np.int64]]] = {}
+    for view in views:
+        size, address = view.itemsize, view.__array_interface__["data"][0]
+        numbers = address // size + np.arange(view.size) * (view.strides[0] // size)
+        found.setdefault((size, address % size), []).append(numbers)
+    return [_Places(*kind, np.concatenate(numbers)) for kind, numbers in sorted(found.items())]

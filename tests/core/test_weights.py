@@ -71,3 +71,18 @@ def test_verify_is_one_of_three():
     assert check_verify("full") == "full"
     with pytest.raises(InvalidInput, match="verify must be one of"):
         check_verify("always")
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["f2", "f4", "f8", "c16", "?"]), st.integers(0, 3)), min_size=1, max_size=4),
+    st.data(),
+)
+def test_memory_of_any_dtype_and_alignment_is_read_in_place(kinds, data):
+    arrays = [np.zeros(40_000 * np.dtype(kind).itemsize + 16, "u1")[at : at - 16].view(kind) for kind, at in kinds]
+    arrays = [array[:: data.draw(st.sampled_from([1, 2, -1]))] if array.itemsize < 9 else array for array in arrays]
+    sample = sample_of(*arrays)
+    assert not any(sample.changed() for _ in range(65))
+    changed = data.draw(st.integers(0, len(arrays) - 1))
+    arrays[changed][:] = 1
+    assert sample.changed()
+    assert not any(sample.changed() for _ in range(65))

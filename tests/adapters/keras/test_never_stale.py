@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 
 import keras
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorflow.python import eager
 
 from kvcache_core import StaleSequence
-from kvcache_keras import KVCache, generate
+from kvcache_keras import KVCache, fingerprint, generate
 from tests.adapters.keras.models import Small, ids
 
 
@@ -334,3 +336,40 @@ def test_the_same_values_elsewhere_in_memory_are_no_change():
         layer(x)
         layer(x)
     assert cache.stats().hit_entries == 6
+
+
+@pytest.mark.parametrize("missing", ["the operation", "the module"])
+def test_without_the_private_operation_a_look_notices_the_same(missing, monkeypatch):
+    if missing == "the operation":
+        monkeypatch.setattr(fingerprint, "_READ", b"_ReadNothingOp")
+    else:
+        monkeypatch.setitem(sys.modules, "tensorflow.python.eager.execute", None)
+        monkeypatch.delattr(eager, "execute")
+    assert fingerprint._one_read([tf.Variable(1.0)]) is None
+    for edit in (*EDITS, past_tensorflow):
+        layer, cache, x = large()
+        with cache:
+            layer(x)
+            layer(x)
+            edit(layer.kernel.value)
+            layer(x)
+        stats = cache.stats()
+        assert (stats.hit_entries, stats.miss_entries) == (2, 4), edit.__name__
+
+
+def test_a_weight_of_every_dtype():
+    layer = keras.layers.Layer()
+    dtypes = ["bfloat16", "float16", "float32", "float64", "int8", "int64", "uint16", "bool", "complex64"]
+    shapes = [(), (3, 300), (0, 4)]
+    for dtype in dtypes:
+        for shape in shapes:
+            layer.add_weight(shape=shape, dtype=dtype, initializer="zeros", trainable=False)
+    layer.built = True
+    looks = fingerprint.Fingerprint(layer)
+    seen = [looks.digest()]
+    assert looks.digest() == seen[0]
+    for weight in layer.weights:
+        weight.assign(tf.ones(weight.shape, weight.dtype))
+        seen.append(looks.digest())
+        assert (seen[-1] != seen[-2]) == bool(np.prod(weight.shape)), weight.dtype
+        assert looks.digest() == seen[-1]
