@@ -15,7 +15,7 @@ TENSORFLOW ?= $(if $(filter x86_64 AMD64,$(shell uname -m)),tensorflow-cpu,tenso
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(PY) -m pip --disable-pip-version-check install $(if $(CI),--quiet) $(PIP_ARGS)
-EXTRAS := torch,$(TENSORFLOW),hf,cli,demo,examples,disk,network,fsspec,bench,test,dev
+EXTRAS := torch,$(TENSORFLOW),hf,cli,demo,examples,disk,network,fast,fsspec,bench,test,dev
 # What keras-hub needs, less tensorflow-text: that one brings a second TensorFlow, which overwrites the files of
 # the first. keras-hub imports, converts and generates without it.
 HUB_NEEDS := regex sentencepiece tokenizers safetensors

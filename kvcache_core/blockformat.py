@@ -10,11 +10,13 @@ import hashlib
 import hmac
 import os
 import struct
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+
+from kvcache_core.crc import crc32
 from kvcache_core.errors import BlockRefused, InvalidInput
 from kvcache_core.layout import BlockLayout
 
@@ -148,7 +150,7 @@ class BlockCodec:
         """Bytes of a whole value."""
         return self.header_bytes + self.payload_bytes + CHECKSUM_BYTES
 
-    def encode(self, key: bytes, payload: Buffer, created: int) -> bytes:
+    def encode(self, key: bytes, payload: Buffer, created: int) -> Buffer:
         """The value to store for a payload.
 
         Raises:
@@ -157,7 +159,13 @@ class BlockCodec:
         if len(payload) != self.payload_bytes:
             raise InvalidInput(f"a payload of {self.payload_bytes} bytes is needed, got {len(payload)}")
         head = self._fixed + _OWN.pack(key, created) + self._table
-        return b"".join((head, payload, checksum(head, payload, self._secret)))
+        value = np.empty(self.value_bytes, np.uint8)
+        parts = value.data
+        parts[: len(head)] = head
+        # numpy copies without the interpreter's lock: a step that runs meanwhile does not wait for it.
+        value[len(head) : -CHECKSUM_BYTES] = np.asarray(memoryview(payload).cast("B"))
+        parts[-CHECKSUM_BYTES:] = checksum(head, payload, self._secret)
+        return parts
 
     def decode(self, key: bytes, value: Buffer) -> memoryview:
         """The payload of a value, without a copy.
@@ -252,7 +260,7 @@ def checksum(head: Buffer, payload: Buffer, secret: bytes) -> bytes:
         mac = hmac.new(secret, head, hashlib.sha256)
         mac.update(payload)
         return mac.digest()
-    return struct.pack("<I28x", zlib.crc32(payload, zlib.crc32(head)))
+    return struct.pack("<I28x", crc32(payload, crc32(head)))
 
 
 def _pack_entry(entry: ArrayEntry) -> bytes:

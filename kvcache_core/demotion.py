@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kvcache_core.blockformat import Buffer
 from kvcache_core.tiers import Item, Tier
 
 __all__ = ["DemotionQueue", "Pending"]
@@ -32,7 +33,7 @@ class Pending:
 
     payload: Any
     nbytes: int
-    encode: Callable[[int], bytes | None]
+    encode: Callable[[int], Buffer | None]
     through: bool = False
 
     @property
@@ -148,7 +149,7 @@ class DemotionQueue:
                 self._writing.clear()
                 self._changed.notify_all()
 
-    def _encoded(self, key: bytes, pending: Pending, now: int) -> bytes | None:
+    def _encoded(self, key: bytes, pending: Pending, now: int) -> Buffer | None:
         """The value to write; None if it is gone or cannot be made, which is one result lost and not the thread."""
         try:
             return pending.encode(now)

@@ -63,7 +63,7 @@ class EntryForm:
         """The key in a tier of the sample with the content key ``key``."""
         return blake2b(key + self.structure, digest_size=KEY_BYTES, person=b"kvcache-entry").digest()
 
-    def encode(self, key: bytes, payload: Payload, secret: bytes, created: int) -> bytes:
+    def encode(self, key: bytes, payload: Payload, secret: bytes, created: int) -> Buffer:
         """The value of one result."""
         arrays = [self.export(row) for row in payload[1]]
         entries = [ArrayEntry(at, "", dtype, bits.shape) for at, (dtype, bits) in enumerate(arrays)]

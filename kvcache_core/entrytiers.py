@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+from kvcache_core.blockformat import Buffer
 from kvcache_core.demotion import Pending
 from kvcache_core.entries import Entry, EntryCache
 from kvcache_core.entryformat import EntryForm, Payload
@@ -78,7 +79,7 @@ class EntryTiers:
         self._tiers.demoted_blocks += queued
         self._tiers.dropped_blocks += not queued
 
-    def _encode(self, entry: Entry, form: EntryForm, created: int) -> bytes | None:
+    def _encode(self, entry: Entry, form: EntryForm, created: int) -> Buffer | None:
         """The value of a result; None if its tensors have no place in the format."""
         try:
             return form.encode(form.content_key(entry.key), entry.payload, self._tiers.secret, created)

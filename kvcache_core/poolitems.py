@@ -74,7 +74,7 @@ def block_items(
     found: Sequence[Evicted],
     created: int,
     namespace: bytes | None = None,
-) -> list[tuple[bytes, bytes]]:
+) -> list[Item]:
     """The blocks of ``found`` that still are what they were, as (key in the tier, value)."""
     with core.lock:
         keys = core.keys_in(found, namespace)

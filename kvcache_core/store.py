@@ -52,8 +52,12 @@ class KVStore(Protocol):
     def import_block(self, group: int, block: int, content: BlockBytes) -> None:
         """The reverse of :meth:`export_block`."""
 
-    def export_blocks(self, group: int, blocks: Sequence[int]) -> NDArray[np.uint8]:
-        """The content of N blocks as bytes, uint8 [N, ``layout.packed_bytes(group)``] as ``layout.packed`` says."""
+    def export_blocks(
+        self, group: int, blocks: Sequence[int], out: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8]:
+        """The content of N blocks as bytes, uint8 [N, ``layout.packed_bytes(group)``] as ``layout.packed`` says; in
+        ``out`` if that is given.
+        """
 
     def import_blocks(self, group: int, blocks: Sequence[int], packed: NDArray[np.uint8]) -> None:
         """The reverse of :meth:`export_blocks`; ``packed`` may be read-only."""
@@ -141,9 +145,11 @@ class NumpyStore:
         for (layer, name), values in content.items():
             self._blocks((layer, name))[:, block] = values.swapaxes(0, 1)
 
-    def export_blocks(self, group: int, blocks: Sequence[int]) -> NDArray[np.uint8]:
+    def export_blocks(
+        self, group: int, blocks: Sequence[int], out: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8]:
         """The content of N blocks, packed: uint8 [N, bytes]."""
-        packed = np.empty((len(blocks), self.layout.packed_bytes(group)), np.uint8)
+        packed = np.empty((len(blocks), self.layout.packed_bytes(group)), np.uint8) if out is None else out
         for array in self.layout.packed(group):
             content = self._blocks((array.layer, array.name))[:, list(blocks)]
             packed_view(packed, array)[...] = content.transpose(1, 2, 0, 3)

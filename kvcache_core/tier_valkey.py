@@ -254,8 +254,9 @@ class ValkeyTier(Tier):
                 self._recent.popitem(last=False)
 
 
-def _sendable(value: Buffer) -> bytes:
-    return value if isinstance(value, bytes) else bytes(value)
+def _sendable(value: Buffer) -> bytes | memoryview:
+    """What the client sends without a copy."""
+    return value if isinstance(value, bytes) else memoryview(value).cast("B")
 
 
 def _shown(url: str) -> str:

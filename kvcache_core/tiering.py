@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from kvcache_core.admission import Admission, ChainAdmission, admission
-from kvcache_core.blockformat import BlockCodec
+from kvcache_core.blockformat import BlockCodec, Buffer
 from kvcache_core.cache import BlockCache
 from kvcache_core.demotion import Pending
 from kvcache_core.errors import InvalidInput
@@ -20,6 +20,7 @@ from kvcache_core.opentiers import OpenTiers
 from kvcache_core.poolitems import block_codecs, block_items, key_of, pool_items
 from kvcache_core.promotion import Promotion
 from kvcache_core.sequence import Sequence as CachedSequence
+from kvcache_core.staging import Staging
 from kvcache_core.store import KVStore
 from kvcache_core.tiercosts import Average, TierStats
 from kvcache_core.tiers import Item, Tier
@@ -28,6 +29,10 @@ from kvcache_core.types import Evicted
 __all__ = ["TierStack", "TierStats"]
 
 _ROOTS = 4096
+_EXPORT_BYTES = 16 << 20
+"""Bytes that are copied out of the pool at once: of such pieces memory is kept and used again."""
+
+_STAGING_BYTES = 64 << 20
 
 
 class TierStack(OpenTiers):
@@ -72,6 +77,7 @@ class TierStack(OpenTiers):
         self._codecs: OrderedDict[bytes, list[BlockCodec]] = OrderedDict()
         self._lock = threading.Lock()
         self._compute = Average()
+        self._staging = Staging(_STAGING_BYTES)
         self.sources: list[Callable[[Callable[[bytes], bool]], Iterable[Sequence[Item]]]] = []
         """What else is spilled: called with (whether to leave a key out), gives values a few at a time."""
 
@@ -131,11 +137,19 @@ class TierStack(OpenTiers):
         fitting = [one for at, one in enumerate(found) if self.queue.room_for((at + 1) * nbytes)]
         if not fitting:
             return 0
-        packed = store.export_blocks(group, [one.block for one in fitting])
+        # In the order of their places, where runs of them are copied at once; queued in the order of their eviction.
+        places = sorted(one.block for one in fitting)
+        contents: dict[int, Buffer] = {}
+        step = max(1, _EXPORT_BYTES // nbytes)
+        for at in range(0, len(places), step):
+            some = places[at : at + step]
+            packed = store.export_blocks(group, some, self._staging.take(len(some), nbytes))
+            contents.update((block, row.data) for block, row in zip(some, packed, strict=True))
         queued = 0
-        for one, content in zip(fitting, packed, strict=True):
-            encode = partial(self._codecs[one.root][group].encode, one.key or b"", content.data)
-            queued += self.queue.put(key_of(one), Pending(content.data, nbytes, encode))
+        for one in fitting:
+            payload = contents[one.block]
+            encode = partial(self._codecs[one.root][group].encode, one.key or b"", payload)
+            queued += self.queue.put(key_of(one), Pending(payload, nbytes, encode))
         return queued
 
     def publish(self, published: Sequence[Evicted]) -> None:
@@ -152,7 +166,7 @@ class TierStack(OpenTiers):
                 pending = Pending(None, nbytes, partial(self._encode_published, one), through=True)
                 self.demoted_blocks += self.queue.put(key_of(one), pending)
 
-    def _encode_published(self, one: Evicted, created: int) -> bytes | None:
+    def _encode_published(self, one: Evicted, created: int) -> Buffer | None:
         """The value of a block that was published, if it still is what it was; else its eviction has queued it."""
         core, store, codecs = self._core, self._store, self._codecs.get(one.root)
         if core is None or store is None or codecs is None:

@@ -172,9 +172,11 @@ class TensorStore:
                 resource=array.handle, indices=self._rows(key, block), updates=tf.constant(heads)
             )
 
-    def export_blocks(self, group: int, blocks: Sequence[int]) -> np.ndarray[Any, Any]:
+    def export_blocks(
+        self, group: int, blocks: Sequence[int], out: np.ndarray[Any, Any] | None = None
+    ) -> np.ndarray[Any, Any]:
         """The content of N blocks, packed: uint8 [N, bytes]."""
-        packed = np.empty((len(blocks), self.layout.packed_bytes(group)), np.uint8)
+        packed = np.empty((len(blocks), self.layout.packed_bytes(group)), np.uint8) if out is None else out
         with tf.init_scope():
             contents = self._exports(group)(tf.constant(blocks, tf.int32), tf.constant(self.stride, tf.int32))
         for spec, content in zip(self.layout.packed(group), contents, strict=True):

@@ -313,6 +313,11 @@ def test_packed_blocks_are_the_same_bytes_from_every_store_into_every_store(whic
             assert packed.shape == (3, layout.packed_bytes(group))
             assert packed.dtype == np.uint8
             exported.append(packed)
+            memory = np.full((3, packed.shape[1]), 99, np.uint8)
+            assert store.export_blocks(group, [7, 2, 3], memory) is memory
+            assert np.array_equal(memory, packed)
+            assert np.array_equal(store.export_blocks(group, [2, 3, 4, 7])[[3, 0, 1]], packed)
+            assert store.export_blocks(group, []).shape == (0, packed.shape[1])
             packed.flags.writeable = False
             for make_other in STORES.values():
                 other = make_other(layout, 5)

@@ -16,7 +16,7 @@ CORE, ADAPTERS = "kvcache_core", ("kvcache_torch", "kvcache_keras")
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("sizes", "identity", "weightfile", "described"),
-    ("types",),
+    ("types", "crc", "staging"),
     ("keys", "stats", "admission", "tree", "weights", "worth", "analysis", "progress", "sources"),
     ("inputs", "frames", "layout", "samples"),
     ("quantization", "blockformat", "statefile"),
@@ -88,10 +88,14 @@ OPTIONAL: dict[str, frozenset[str]] = {
     "valkeynodes": frozenset({"valkey"}),
 }
 
+# Modules that use a package where it is installed and do without where it is not. Anyone may import them.
+PREFERRED: dict[str, frozenset[str]] = {"crc": frozenset({"isal"})}
+
 
 def foreign_imports(name: str, source: str, known: set[str]) -> list[str]:
     """Imports of a core module that are neither standard library, numpy nor the core itself."""
-    allowed = {"numpy", CORE} | sys.stdlib_module_names | OPTIONAL.get(_short(name), frozenset())
+    extras = OPTIONAL.get(_short(name), frozenset()) | PREFERRED.get(_short(name), frozenset())
+    allowed = {"numpy", CORE} | sys.stdlib_module_names | extras
     return [
         f"{name}:{found.line} imports {found.target}"
         for found in imports(source, name, known, is_package=name == CORE)

@@ -84,7 +84,7 @@ def test_every_truncation_and_extension_is_refused():
     made = codec()
     value = made.encode(KEY, payload(), 5)
     for length in range(len(value)):
-        for cut in (value[:length], value[length:], value + value[:length] if length else b""):
+        for cut in (value[:length], value[length:], bytes(value) + value[:length] if length else b""):
             if len(cut) != len(value):
                 with pytest.raises(BlockRefused):
                     made.decode(KEY, cut)
