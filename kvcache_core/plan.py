@@ -88,6 +88,11 @@ class StepPlan:
         return np.array([len(row.tokens) for row in self.rows], np.int64)
 
     @cached_property
+    def width(self) -> int:
+        """T, the most new tokens that a row has."""
+        return max(len(row.tokens) for row in self.rows)
+
+    @cached_property
     def kv_lengths(self) -> IntArray:
         """int64 [B]: tokens each row has after the step."""
         return self.starts + self.counts
@@ -95,14 +100,17 @@ class StepPlan:
     @cached_property
     def positions(self) -> IntArray:
         """int64 [B, T], absolute positions; padding repeats the row's last position."""
-        columns = np.arange(max(len(row.tokens) for row in self.rows))
-        positions: IntArray = np.minimum(self.starts[:, None] + columns, self.kv_lengths[:, None] - 1)
+        positions: IntArray = self.starts[:, None].copy()
+        if self.width > 1:
+            positions = np.minimum(positions + np.arange(self.width), self.kv_lengths[:, None] - 1)
         return positions
 
     @cached_property
     def tokens(self) -> IntArray:
         """int64 [B, T], new token ids, padded on the right with 0."""
-        tokens = np.zeros((len(self.rows), max(len(row.tokens) for row in self.rows)), np.int64)
+        if self.width == 1:
+            return np.array([row.tokens for row in self.rows], np.int64)
+        tokens = np.zeros((len(self.rows), self.width), np.int64)
         for number, row in enumerate(self.rows):
             tokens[number, : len(row.tokens)] = row.tokens
         return tokens
@@ -190,7 +198,7 @@ class GroupPlan:
     def slots(self) -> IntArray:
         """int64 [B, T], where each new token's arrays are written; padding has :data:`PAD_SLOT`."""
         size, rows = self.block_size, self._plan.rows
-        if all(len(row.tokens) == 1 for row in rows):
+        if self._plan.width == 1:
             tables = ((row.tables[self._number], row.start) for row in rows)
             return np.array([[table[at // size] * size + at % size] for table, at in tables], np.int64)
         positions = self._plan.positions
@@ -250,9 +258,14 @@ class GroupPlan:
     def _row_extents(self, row: int) -> list[tuple[int, int, int]]:
         size, end = self.block_size, int(self.ends[row])
         first = 0 if self.window is None else max(0, int(self.starts[row]) - self.window + 1)
-        low = first // size
-        blocks = self.block_tables[row, low : -(-end // size)]
-        breaks = np.flatnonzero(np.diff(blocks) != 1) + 1
+        low, high = first // size, -(-end // size)
+        table = self._plan.rows[row].tables[self._number]
+        start = table[low]
+        # Most rows lie in one piece: seen in a tenth of the time that arrays take.
+        if table[low:high] == list(range(start, start + high - low)):
+            return [(start * size + first % size, end - first, first)]
+        blocks = self.block_tables[row, low:high]
+        breaks = (blocks[1:] != blocks[:-1] + 1).nonzero()[0] + 1
         edges = [0, *breaks.tolist(), len(blocks)]
         runs = []
         for left, right in pairwise(edges):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcache_core.extents import packed_extents, past_extents
-from kvcache_core.plan import GroupPlan, StepPlan
+from kvcache_core.plan import StepPlan
 from kvcache_torch.native import DecodeReads, PrefillReads, active
 from kvcache_torch.reading import Read, plan_reads
 
@@ -22,16 +22,36 @@ class GroupStep:
 
     def __init__(self, plan: StepPlan, number: int, device: torch.device) -> None:
         group = self.group = plan.groups[number]
-        self.run = _run(group)
-        self.slots = torch.from_numpy(group.slots.reshape(-1)).to(device)
-        self.decodes = plan.tokens.shape[1] == 1
+        self.decodes = plan.width == 1
         # A window hides part of the past from a prompt's later tokens: then a mask is needed.
         self.sees_all = self.decodes or group.window is None or int(group.ends.max()) <= group.window
-        self.single: tuple[int, int] | None = None
-        if self.decodes and len(group.ends) == 1 and len(group.extents[0]) == 1:
-            slot, size, _ = group.extents[0][0]
-            self.single = slot, slot + size
         self._device = device
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """Where the step writes: int64 [B * T]."""
+        return torch.from_numpy(self.group.slots.reshape(-1)).to(self._device)
+
+    @cached_property
+    def run(self) -> slice | None:
+        """The slots of a single row as one slice, if they are adjacent and not padded."""
+        slots = self.group.slots
+        if len(slots) > 1:
+            return None
+        first, last = int(slots[0, 0]), int(slots[0, -1])
+        # The ends alone do not tell: a block from elsewhere may stand in between.
+        if last - first != slots.shape[1] - 1 or (np.diff(slots[0]) != 1).any():
+            return None
+        return slice(first, last + 1)
+
+    @cached_property
+    def single(self) -> tuple[int, int] | None:
+        """First slot and end of all that a decode step of one row reads, if it lies in one piece."""
+        extents = self.group.extents
+        if not self.decodes or len(extents) > 1 or len(extents[0]) > 1:
+            return None
+        slot, size, _ = extents[0][0]
+        return slot, slot + size
 
     @cached_property
     def reads(self) -> list[Read]:
@@ -69,15 +89,3 @@ class _Packed:
         if adjacent:
             self.slots = slice(int(slots[0]), int(slots[-1]) + 1)
         self.reads = plan_reads(self.extents, device)
-
-
-def _run(group: GroupPlan) -> slice | None:
-    """The slots of a single row as one slice, if they are adjacent and not padded."""
-    slots = group.slots
-    if len(slots) > 1:
-        return None
-    first, last = int(slots[0, 0]), int(slots[0, -1])
-    # The ends alone do not tell: a block from elsewhere may stand in between.
-    if last - first != slots.shape[1] - 1 or (np.diff(slots[0]) != 1).any():
-        return None
-    return slice(first, last + 1)

@@ -16,7 +16,7 @@ from kvcache_torch.paged import PagedReads, choose
 from kvcache_torch.reading import attend_reads
 from kvcache_torch.recorder import check_query
 from kvcache_torch.states import StateStep, check_context
-from kvcache_torch.store import TensorStore
+from kvcache_torch.store import Call, TensorStore
 
 __all__ = ["Step"]
 
@@ -38,7 +38,8 @@ class Step:
         """Whether K and V are stored in another dtype than the model's."""
         device = store.device
         self.positions = torch.from_numpy(plan.positions).to(device)
-        self.last_index = torch.from_numpy(plan.counts - 1).to(device)
+        self.last_index = None if plan.width == 1 else torch.from_numpy(plan.counts - 1).to(device)
+        """Each row's last new token, int64 [B]; None where there is one only."""
         self._groups = {
             number: GroupStep(plan, number, device) for number, group in enumerate(plan.groups) if group.kind != "state"
         }
@@ -67,14 +68,18 @@ class Step:
             InvalidInput: an unknown or repeated layer, or shapes that are not the layer's.
             InvalidType: another dtype or device than the cache's.
         """
-        self._check(q, k, v, layer, window)
+        call = self._check(q, k, v, layer, window)
         number = self.store.group_of(layer)
         group = self._groups[number]
         if self.converts:
             return self._attend_converted(q, k, v, layer, scale, softcap)
         keys, values = self.store.pair(layer)
-        if softcap is None and group.native is not None and group.native.serve(q, k, v, keys, values):
-            return group.native.attend(q, k, v, keys, values, scale)
+        native = group.native
+        if call.native is not type(native):
+            call.serves = native is not None and native.serve(q, k, v, keys, values)
+            call.native = type(native)
+        if softcap is None and native is not None and call.serves:
+            return native.attend(q, k, v, keys, values, scale)
         run = group.run
         if run is None:
             _write(keys, k, group.slots)
@@ -197,26 +202,38 @@ class Step:
             index = self._indices[number, row] = torch.from_numpy(slots).to(keys.device)
         return keys.index_select(1, index), values.index_select(1, index)
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int | None) -> None:
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int | None) -> Call:
+        """Raise unless the call is right; what is known of the layer's calls that look like it."""
+        looks = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype)
+        looks += (q.device, k.device, v.device, window, self.dtype, self.positions.shape)
+        call = self.store.calls.get(layer)
+        if call is None or call.looks != looks:
+            if not self._is_right(q, k, v, layer, window):
+                self._explain(q, k, v, layer, window)
+            call = self.store.calls[layer] = Call(looks)
+        if layer in self._used:
+            self._explain(q, k, v, layer, window)
+        self._used.add(layer)
+        return call
+
+    def _is_right(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int | None) -> bool:
         layers, dtype = self.store.layout.layers, self.dtype
-        if 0 <= layer < len(layers) and layer not in self._used:
-            spec = layers[layer]
-            first = spec.arrays[0]
-            shape = (*self.positions.shape[:1], first.heads, *self.positions.shape[1:])
-            if (
-                k.shape == (*shape, first.size)
-                and v.shape == (*shape, spec.arrays[-1].size)
-                and q.dtype == k.dtype == v.dtype == dtype
-                and window == spec.window
-                and k.device == self.store.device
-                and q.shape[0] == k.shape[0]
-                and q.shape[2:] == k.shape[2:]
-                and not q.shape[1] % k.shape[1]
-                and spec.kind == "attention"
-            ):
-                self._used.add(layer)
-                return
-        self._explain(q, k, v, layer, window)
+        if not 0 <= layer < len(layers):
+            return False
+        spec = layers[layer]
+        first = spec.arrays[0]
+        shape = (*self.positions.shape[:1], first.heads, *self.positions.shape[1:])
+        return (
+            k.shape == (*shape, first.size)
+            and v.shape == (*shape, spec.arrays[-1].size)
+            and q.dtype == k.dtype == v.dtype == dtype
+            and window == spec.window
+            and k.device == self.store.device
+            and q.shape[0] == k.shape[0]
+            and q.shape[2:] == k.shape[2:]
+            and not q.shape[1] % k.shape[1]
+            and spec.kind == "attention"
+        )
 
     def _explain(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int | None) -> None:
         """Raise the error that says which rule of :meth:`_check` was broken."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -58,6 +59,21 @@ def stored_dtype_name(dtype: torch.dtype | str) -> str:
     return check_dtype(str(dtype).removeprefix("torch.").replace("float8_e4m3fn", "float8_e4m3"))
 
 
+@dataclass(slots=True)
+class Call:
+    """What is known of a layer's calls of attention that look alike.
+
+    Attributes:
+        looks: shapes, strides, dtypes and all else that is checked.
+        native: the type of the kernel in C that :attr:`serves` is about.
+        serves: whether that kernel is for such calls.
+    """
+
+    looks: tuple[Any, ...]
+    native: type[Any] | None = None
+    serves: bool = False
+
+
 class TensorStore:
     """Tensors of shape [H, slots, D] per layer and array name (a state's: [H, blocks, D]): a head's tokens lie side by
     side, so a run of adjacent slots is a view that attention reads without a copy.
@@ -80,6 +96,8 @@ class TensorStore:
         self._allocating = threading.Lock()
         self._group_of = [layout.group_of(layer) for layer in range(len(layout.layers))]
         self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        self.calls: dict[int, Call] = {}
+        """Per layer, its last right call of attention: a step sees at a glance that one like it is right too."""
         self._specs = {
             (layer, array.name): array for layer in range(len(layout.layers)) for array in layout.stored(layer)
         }
