@@ -14,8 +14,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from kvcache_core.blockformat import salt_digest
-from kvcache_core.entries import EntryCache, EntryLookup
+from kvcache_core.entries import EntryCache
 from kvcache_core.entryformat import EntryForm
+from kvcache_core.entrylookup import EntryLookup
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.samples import Samples, sample_keys
 from kvcache_core.tree import Tree, flatten

@@ -16,6 +16,9 @@ __all__ = ["Attaching", "attached_to"]
 class Attaching(ModelBinding):
     """The part of :class:`~kvcache_core.frontend.FrontendCache` that attaches models and is entered by ``with``."""
 
+    _only_parts = False
+    """Whether every attached module was attached with ``kind="activation"``: a token model may still come."""
+
     def attach(
         self,
         model: Any,
@@ -67,7 +70,8 @@ class Attaching(ModelBinding):
                 "the model is attached to another cache; call that cache's detach() first, or, where that is out of "
                 "reach, detach(model) of this one"
             )
-        if self.model is not None and self.model is not model and kind != "activation" != self._kind:
+        beside = self.model is not None and self.model is not model
+        if beside and kind != "activation" and not self._only_parts:
             raise UsageError(
                 "this cache has a model already; call detach() first, or make a second cache (modules attached with "
                 "kind='activation' may be as many as you like)"
@@ -78,11 +82,12 @@ class Attaching(ModelBinding):
         options = {"identity": identity, "shared": tuple(shared), "side_effects": side_effects}
         if kind == "activation":
             self.sites.add(self._new_site(model, **options))
-        if self.model is not None and self.model is not model:
+        if beside and kind == "activation":
             return model
+        self._only_parts = kind == "activation"
         if self._served() is not model or (outputs, frames) != (self.outputs, self.frames):
             # Another model, or another layout: what is stored does not fit it.
-            self._core = self._store = self.spec = None
+            self._forget_layout()
         self._served = weakref.ref(model)
         self._identified = self._named_at = None
         self.model, self.outputs, self.identity, self.frames = model, outputs, identity, frames
@@ -112,7 +117,7 @@ class Attaching(ModelBinding):
         self.sites.remove(model)
         if model is self.model:
             self.model = next((site.module for site in self.sites), None)
-            self._kind = None if self.model is None else "activation"
+            self._kind, self._only_parts = (None, False) if self.model is None else ("activation", True)
         return model
 
     def site_of(self, model: Any, looks_like_ids: bool) -> ActivationSite | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from kvcache_core.adapter import Adapter, ModelSpec
 from kvcache_core.admission import Admission, admission
+from kvcache_core.budget import Budget, first_blocks
 from kvcache_core.cache import BlockCache
 from kvcache_core.entrytiers import EntryTiers
 from kvcache_core.errors import InvalidInput, InvalidType, UsageError
@@ -33,6 +34,9 @@ class ModelBinding(Adapter):
 
     The arguments are described there.
     """
+
+    _budget: Budget | None = None
+    """What divides ``memory`` between the kinds, once there are blocks."""
 
     def __init__(
         self,
@@ -145,11 +149,13 @@ class ModelBinding(Adapter):
             if self.outputs == "all":
                 layers += (LayerSpec.output(self.spec.output_size, self.spec.output_dtype),)
             layout = BlockLayout(layers, self._block_size, self._dtype or self.spec.dtype)
-            num_blocks = self._blocks_in(layout) if self._memory is not None else self._size
-            self._store = self._new_store(layout, int(num_blocks or 0))
             self._check_layout(layout)
             namespace = self._namespace(layout)
-            core = BlockCache(int(num_blocks or 0), layout=layout, namespace=namespace)
+            num_blocks = self._first_blocks(layout)
+            self._store = self._new_store(layout, num_blocks)
+            core = BlockCache(num_blocks, layout=layout, namespace=namespace, clock=self.sites.clock)
+            if self._memory is not None:
+                self._budget = Budget(self._memory, self.sites.entries, core, self._store)
             if self._tiers is not None:
                 self._tiers.bind(core, self._store)
             myself = weakref.ref(self)
@@ -159,16 +165,18 @@ class ModelBinding(Adapter):
     def _check_layout(self, layout: BlockLayout) -> None:
         """Raise for a layout that what this cache was made from does not fit."""
 
-    def _blocks_in(self, layout: BlockLayout, memory: int | None = None) -> int:
-        memory = self._memory if memory is None else memory
-        # One block more than the usable ones: the null block.
-        blocks = (memory or 0) // layout.bytes_per_block - 1
-        if blocks < 1:
-            raise InvalidInput(
-                f"memory={memory} bytes holds no block: two blocks of {layout.block_size} tokens need "
-                f"{2 * layout.bytes_per_block} bytes"
-            )
-        return blocks
+    def _first_blocks(self, layout: BlockLayout) -> int:
+        if self._memory is None:
+            return int(self._size or 0)
+        with self.sites.clock.lock:
+            return first_blocks(self._memory, self.sites.entries, layout)
+
+    def _forget_layout(self) -> None:
+        """What is stored does not fit the model: the next use begins anew."""
+        self._core = self._store = self.spec = None
+        if self._budget is not None:
+            self._budget = None
+            self.sites.entries.resize(memory=self._memory)
 
     def refresh(self) -> None:
         """Notice changed weights: from then on nothing computed with the old ones is found."""

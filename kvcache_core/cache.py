@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as _Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
 from kvcache_core.inputs import check_size, token_array
 from kvcache_core.planning import PlannedSteps
 from kvcache_core.sequence import Sequence
+from kvcache_core.sharing import LimitOf
 from kvcache_core.stats import CacheStats
 from kvcache_core.types import Evicted, PoolResize
 
@@ -37,6 +40,7 @@ class BlockCache(PlannedSteps):
             full causal attention.
         namespace: bytes that stand for the weights and whatever else makes results incompatible; nothing
             is ever found across namespaces.
+        clock: what uses share an order, and a lock, with.
 
     Example:
         >>> core = BlockCache(num_blocks=64, block_size=4)
@@ -74,6 +78,41 @@ class BlockCache(PlannedSteps):
     @on_publish.setter
     def on_publish(self, hook: Callable[[list[Evicted]], None] | None) -> None:
         self._blocks.on_publish = hook
+
+    def share(self, limit: LimitOf) -> None:
+        """From now on the limit that this gives is asked before a step evicts: another kind of content shares it."""
+        self._room.limit = limit
+
+    @property
+    def most_blocks(self) -> int:
+        """Capacity in blocks of each layer group, with what the other kind of content could give up."""
+        limit = self._room.limit()
+        return self.num_blocks + (0 if limit is None else limit.more_blocks)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """No block changes its place by itself, and no array its size in another thread, while this is entered: for who
+        reads the arrays behind a commit. A step under way has the same effect.
+        """
+        me = threading.get_ident()
+        with self._lock:
+            self._readers.append(me)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._readers.remove(me)
+
+    def is_still(self, *, growing: bool) -> bool:
+        """Whether nobody reads or writes the arrays now, so that the capacity may change.
+
+        Args:
+            growing: it would become larger: no block moves, so a :meth:`reading` of this thread does not mind.
+        """
+        me = threading.get_ident()
+        with self._lock:
+            readers = any(not (growing and reader == me) for reader in self._readers)
+            return not readers and not any(seq.in_step for seq in self._open.values())
 
     def findable_blocks(self) -> list[Evicted]:
         """Every full block that can be found now, as :attr:`on_evict` would describe it."""

@@ -155,6 +155,7 @@ class CacheDecoder:
         length, new, copies = prompt
         core = self._cache.core
         with core.lock:
+            more = core.most_blocks - core.num_blocks
             for number, group in enumerate(core.groups):
                 if group.kind == "output":
                     continue
@@ -165,7 +166,7 @@ class CacheDecoder:
                     # One more: a shared last block is copied when it is written.
                     needed += max(0, self._blocks(self._kept(tokens + added, 0, group.window)) - held) + 1
                     needed += self._forks(added, forks)
-                if needed > group.pool.num_available:
+                if needed > group.pool.num_available + more:
                     return False
         return True
 
@@ -174,7 +175,7 @@ class CacheDecoder:
         groups = [group for group in self._cache.core.groups if group.kind != "output"]
         needed = max(self._alone(prompt, new, group) for group in groups)
         needed += self._forks(new, copies)
-        capacity = self._cache.core.num_blocks
+        capacity = self._cache.core.most_blocks
         if needed > capacity:
             raise CacheFull(
                 f"a prompt of {prompt} tokens with {new} new tokens needs {needed} blocks of "

@@ -6,75 +6,25 @@ of tokens (:class:`kvcache_core.pool.BlockPool`): an entry is one block. What it
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from kvcache_core.admission import Admission, AllAdmitted
 from kvcache_core.analysis import Advice, advise
+from kvcache_core.entrylookup import Below, Entry, EntryLookup
 from kvcache_core.errors import InvalidInput, UsageError
 from kvcache_core.inputs import check_size
 from kvcache_core.pool import BlockPool
+from kvcache_core.sharing import LimitOf, UseClock, no_limit
 from kvcache_core.types import NULL_BLOCK
 
-__all__ = ["Below", "Entry", "EntryCache", "EntryLookup"]
+__all__ = ["EntryCache"]
 
 _FIRST_CAPACITY = 256
 """Blocks of a pool that is limited by bytes, before it has grown."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One result that is kept.
-
-    Attributes:
-        key: its content key.
-        payload: what was computed; opaque here.
-        nbytes: its size.
-        form: what it looks like in a tier; None for one that stays in this process. Opaque here.
-    """
-
-    key: bytes
-    payload: Any
-    nbytes: int
-    form: Any = None
-
-
-class Below(Protocol):
-    """The tiers under the entries."""
-
-    def find(self, form: Any, keys: Sequence[bytes]) -> Iterable[Entry]:
-        """The results among ``keys`` that lie there."""
-
-    def kept(self, entry: Entry) -> None:
-        """A result was computed and is kept. Must not raise."""
-
-    def demote(self, entry: Entry) -> None:
-        """A result is evicted. Must not raise."""
-
-
-@dataclass(frozen=True, slots=True)
-class EntryLookup:
-    """What is there for the B samples of a call.
-
-    Attributes:
-        keys: B keys.
-        found: B payloads; None where there is none.
-        compute: the samples to compute: the first of each key that was not found.
-        sources: {sample: index into ``compute``} for every sample that was not found.
-    """
-
-    keys: Sequence[bytes]
-    found: list[Any]
-    compute: list[int]
-    sources: dict[int, int]
-
-    @property
-    def hits(self) -> int:
-        """Samples that need no computing: found, or equal to another one of the call."""
-        return len(self.keys) - len(self.compute)
 
 
 class EntryCache:
@@ -85,12 +35,14 @@ class EntryCache:
         - keys and cached blocks are in one-to-one relation, and only they have a payload.
         - ``bytes`` is the sum of the entries' sizes, and at most ``memory``.
 
-    With tiers ``below``, an evicted entry goes down, and what a call does not find comes up.
+    With tiers ``below``, an evicted entry goes down, and what a call does not find comes up. Where ``limit`` gives a
+    limit that another kind of content shares, that is asked before ``memory`` makes an entry go.
 
     Args:
         size: capacity in entries; or
         memory: capacity in bytes.
         admit: which computed entries are kept.
+        clock: what uses share an order, and a lock, with.
 
     Example:
         >>> entries = EntryCache(size=2)
@@ -102,18 +54,28 @@ class EntryCache:
         ['B']
     """
 
-    def __init__(self, size: int | None = None, *, memory: int | None = None, admit: Admission | None = None) -> None:
+    def __init__(
+        self,
+        size: int | None = None,
+        *,
+        memory: int | None = None,
+        admit: Admission | None = None,
+        clock: UseClock | None = None,
+    ) -> None:
         if (size is None) == (memory is None):
             raise InvalidInput(f"give size (entries) or memory (bytes), got {size!r} and {memory!r}")
         self.memory = memory
         self.admit = admit or AllAdmitted()
         self.bytes = 0
         self.hit_entries = self.miss_entries = self.evicted_entries = self.refused_entries = 0
-        self._pool = BlockPool(_FIRST_CAPACITY if size is None else size)
+        self.clock = clock = clock or UseClock()
+        self._pool = BlockPool(_FIRST_CAPACITY if size is None else size, clock)
         self._blocks: dict[bytes, int] = {}
         self._contents: dict[int, Entry] = {}
+        self._sizes = np.zeros(self._pool.num_blocks + 1, np.int64)
         self.below: Below | None = None
-        self._lock = threading.RLock()
+        self.limit: LimitOf = no_limit
+        self._lock = clock.lock
         self.trace: deque[bytes] | None = None
 
     def record(self, accesses: int) -> None:
@@ -150,6 +112,15 @@ class EntryCache:
     def mean_bytes(self) -> int:
         """Bytes of an entry, on average."""
         return self.bytes // max(1, len(self))
+
+    @property
+    def oldest(self) -> int | None:
+        """When the entry that is evicted next was used last; None if there is no entry."""
+        return self._pool.lru.oldest()
+
+    def bytes_before(self, time: int) -> int:
+        """Bytes of the entries that were used last before ``time``."""
+        return int(self._sizes[self._pool.lru.before(time)].sum())
 
     def contents(self) -> list[Entry]:
         """Every entry, least recently made first."""
@@ -203,26 +174,29 @@ class EntryCache:
             sizes: their bytes.
             form: what they look like in a tier.
         """
+        rest = sum(sizes)
         with self._lock:
             for sample, payload, size in zip(lookup.compute, payloads, sizes, strict=True):
                 entry = Entry(lookup.keys[sample], payload, size, form)
+                rest -= size
                 if entry.key in self._blocks:
                     continue  # another thread was faster
-                if not self.admit.admit(entry.key) or not self._store(entry):
+                if not self.admit.admit(entry.key) or not self._store(entry, rest):
                     self.refused_entries += 1
                 elif self.below is not None:
                     self.below.kept(entry)
 
-    def _store(self, entry: Entry) -> bool:
-        """Give an entry a block, if there is room for it or can be; whether it has one."""
+    def _store(self, entry: Entry, rest: int = 0) -> bool:
+        """Give an entry a block, if there is room or can be; whether it has one. ``rest`` bytes come behind it."""
         if entry.key in self._blocks:
             return True
-        if not self._make_room(entry.nbytes):
+        if not self._make_room(entry.nbytes, rest):
             return False
         (block,), evicted = self._pool.take(1)
         self._forget(evicted)
         self._blocks[entry.key] = block
         self._contents[block] = entry
+        self._sizes[block] = entry.nbytes
         self.bytes += entry.nbytes
         self._pool.mark_findable(block)
         self._pool.release([block])
@@ -243,7 +217,8 @@ class EntryCache:
                 self._resize_pool(size)
             else:
                 self.memory = memory
-                self._make_room(0)
+                while self.bytes > int(memory or 0):
+                    self._forget(self._pool.evict(1))
 
     def clear(self) -> None:
         """Drop every entry."""
@@ -259,16 +234,23 @@ class EntryCache:
             for key, block in self._blocks.items():
                 assert self._contents[block].key == key and self._pool.is_findable(block)
             assert self.bytes == sum(entry.nbytes for entry in self._contents.values())
+            assert all(self._sizes[block] == entry.nbytes for block, entry in self._contents.items())
             assert self.memory is None or self.bytes <= self.memory
 
-    def _make_room(self, size: int) -> bool:
+    def _make_room(self, size: int, rest: int) -> bool:
         """Evict until ``size`` more bytes fit the memory, if they ever can; True if they do."""
         if self.memory is None:
             return True
-        if size > self.memory:
+        limit = self.limit() if self.bytes + size > self.memory else None
+        if size > self.memory + (0 if limit is None else limit.more_bytes):
             return False
         while self.bytes + size > self.memory:
-            self._forget(self._pool.evict(1))
+            if limit is not None:
+                limit.bytes_short(size, rest)
+            if self.bytes + size > self.memory:
+                if not self._blocks:
+                    return False
+                self._forget(self._pool.evict(1))
         if not self._pool.num_free:
             self._resize_pool(2 * self._pool.num_blocks)
         return True
@@ -277,9 +259,12 @@ class EntryCache:
         result = self._pool.resize(size)
         self._forget(result.evicted)
         moved = {new: self._contents.pop(old) for old, new in result.moves.items()}
+        self._sizes = np.zeros(size + 1, np.int64)
         for block, content in moved.items():
             self._contents[block] = content
             self._blocks[content.key] = block
+        for place, content in self._contents.items():
+            self._sizes[place] = content.nbytes
 
     def _forget(self, blocks: Sequence[int], *, count: bool = True) -> None:
         for block in blocks:

@@ -8,8 +8,9 @@ from functools import partial
 
 from kvcache_core.blockformat import Buffer
 from kvcache_core.demotion import Pending
-from kvcache_core.entries import Entry, EntryCache
+from kvcache_core.entries import EntryCache
 from kvcache_core.entryformat import EntryForm, Payload
+from kvcache_core.entrylookup import Entry
 from kvcache_core.errors import KVCacheError
 from kvcache_core.opentiers import OpenTiers, Wanted, tier_key
 from kvcache_core.tiers import Item

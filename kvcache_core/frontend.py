@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvcache_core.analysis import Advice
-from kvcache_core.cache import BlockCache
+from kvcache_core.budget import Budget, resize_blocks
 from kvcache_core.errors import InvalidInput
 from kvcache_core.progress import progress
 from kvcache_core.serving import Call, Serving
@@ -29,7 +29,7 @@ class FrontendCache(Serving):
 
     Args:
         size: capacity in blocks, or in entries for activations. Default 4096 when no ``memory`` is given.
-        memory: capacity in bytes instead, as a number or text like ``"2GiB"``.
+        memory: capacity in bytes instead, as a number or text like ``"2GiB"``: of K/V blocks and activations together.
         block_size: tokens per block.
         dtype: stored dtype of K and V; default is the model's.
         salt: only caches and sequences with equal salt share results.
@@ -101,18 +101,23 @@ class FrontendCache(Serving):
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise InvalidInput(f"size must be a whole number of blocks, at least 1; got {size!r}")
         limit = None if memory is None else parse_memory(memory)
-        if self._core is not None:
-            self._resize_blocks(self._core, size, limit)
-        self.sites.entries.resize(size, memory=limit)
-        self._size, self._memory = size, limit
+        with self.sites.clock.lock:
+            self._resize(size, limit)
+            self._size, self._memory = size, limit
 
-    def _resize_blocks(self, core: BlockCache, size: int | None, memory: int | None) -> None:
-        """The pools and the store; the first of them to say no has changed nothing."""
-        if memory is not None and core.layout is not None:
-            size = self._blocks_in(core.layout, memory)
-        with core.lock:
-            results = core.resize(int(size or 0))
-            self._store.resize(int(size or 0), [result.moves for result in results])
+    def _resize(self, size: int | None, memory: int | None) -> None:
+        """The first of the pools and the store to say no has changed nothing."""
+        core, entries = self._core, self.sites.entries
+        if core is None:
+            entries.resize(size, memory=memory)
+        elif memory is not None:
+            budget = self._budget or Budget(memory, entries, core, self._store)
+            budget.resize(memory)
+            self._budget = budget
+        else:
+            resize_blocks(core, self._store, int(size or 0))
+            entries.resize(size)
+            self._budget = None
 
     def compact(self) -> int:
         """Bring the blocks of open sequences next to each other, for faster attention; returns how many moved.
@@ -194,6 +199,8 @@ class FrontendCache(Serving):
             saved_output_tokens=self._saved_output_tokens,
             **({} if self._tiers is None else self._tiers.counters()),
             entries=len(entries),
+            entry_bytes=entries.bytes,
+            memory_moves=0 if self._budget is None else self._budget.moves,
             hit_entries=entries.hit_entries,
             miss_entries=entries.miss_entries,
             evicted_entries=entries.evicted_entries,

@@ -10,6 +10,7 @@ from kvcache_core.errors import BlockError, CacheFull
 from kvcache_core.inputs import check_size
 from kvcache_core.lru import ReleaseQueue
 from kvcache_core.runs import FreeRuns
+from kvcache_core.sharing import UseClock
 from kvcache_core.types import NULL_BLOCK, BlockArray, BlockId, PoolResize, id_array, view
 
 __all__ = ["BlockPool"]
@@ -30,18 +31,20 @@ class BlockPool:
 
     Args:
         num_blocks: usable blocks; id 0, the null block, comes on top.
+        clock: what this pool's releases share an order with.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, clock: UseClock | None = None) -> None:
         check_size(num_blocks)
         self.num_blocks = num_blocks
+        self._clock = clock
         self.free = FreeRuns(num_blocks)
         self._allocate(num_blocks)
 
     def _allocate(self, num_blocks: int) -> None:
         self._refs: BlockArray = np.zeros(num_blocks + 1, np.int32)
         self._findable = np.zeros(num_blocks + 1, np.bool_)
-        self._lru = ReleaseQueue(num_blocks)
+        self.lru = ReleaseQueue(num_blocks, self._clock)
         self.ref = view(self._refs)
         self._findable_at = view(self._findable)
 
@@ -53,17 +56,17 @@ class BlockPool:
     @property
     def num_cached(self) -> int:
         """Blocks that nobody holds and whose content can be found."""
-        return self._lru.count
+        return self.lru.count
 
     @property
     def num_live(self) -> int:
         """Blocks held by at least one block table."""
-        return self.num_blocks - self.free.count - self._lru.count
+        return self.num_blocks - self.free.count - self.lru.count
 
     @property
     def num_available(self) -> int:
         """Blocks that can be taken: free ones and evictable ones."""
-        return self.free.count + self._lru.count
+        return self.free.count + self.lru.count
 
     def refs(self, block: int) -> int:
         """How many block tables hold ``block``."""
@@ -90,7 +93,7 @@ class BlockPool:
             CacheFull: fewer than ``count`` blocks are free or cached; nothing was changed.
         """
         free = self.free
-        if count > free.count + self._lru.count:
+        if count > free.count + self.lru.count:
             raise CacheFull(
                 f"need {count} blocks, {free.count} free + {self.num_cached} evictable of "
                 f"{self.num_blocks}; close sequences or resize the cache",
@@ -118,7 +121,7 @@ class BlockPool:
             block = ((free.take_behind(after, 1) if after else []) or free.take_run(1))[0]
             self.ref[block] = 1
             return block, False
-        block = self._lru.pop_one()
+        block = self.lru.pop_one()
         self._findable_at[block] = False
         self.ref[block] = 1
         return block, True
@@ -136,7 +139,7 @@ class BlockPool:
             if not findable.all():
                 block = fresh[np.argmin(findable)]
                 raise BlockError(f"block {block} is free: it cannot be retained; take it from the pool first")
-            self._lru.remove(fresh)
+            self.lru.remove(fresh)
         self._refs.put(held, before + 1)
 
     def release(self, blocks: Sequence[int] | BlockArray) -> None:
@@ -158,7 +161,7 @@ class BlockPool:
         if np.count_nonzero(findable) < len(gone):
             self.free.put(gone[~findable])
             gone = gone[findable]
-        self._lru.push(gone)
+        self.lru.push(gone)
 
     def mark_findable(self, block: int) -> None:
         """Keep the content of a live block when its last reference goes.
@@ -181,9 +184,9 @@ class BlockPool:
         """Forget the content; a cached block becomes free."""
         if self._findable_at[block]:
             self._findable_at[block] = False
-            if block in self._lru:
+            if block in self.lru:
                 only = id_array([block])
-                self._lru.remove(only)
+                self.lru.remove(only)
                 self.free.put(only)
 
     def drop_cached(self) -> list[int]:
@@ -198,7 +201,7 @@ class BlockPool:
 
     def lru_order(self) -> list[int]:
         """The cached blocks, next to be evicted first."""
-        order: list[int] = self._lru.order().tolist()
+        order: list[int] = self.lru.order().tolist()
         return order
 
     # ---- other sizes and places ----------------------------------------------------------------
@@ -232,7 +235,7 @@ class BlockPool:
         holes = np.flatnonzero(~taken)[: len(homeless)]
         moves = {BlockId(old): BlockId(new) for old, new in zip(homeless.tolist(), holes.tolist(), strict=True)}
         self.move(moves, num_blocks)
-        return PoolResize([BlockId(block) for block in evicted], moves)
+        return PoolResize([BlockId(block) for block in evicted], moves, int(np.flatnonzero(taken)[-1]))
 
     def used(self) -> BlockArray:
         """The blocks that are not free, ascending."""
@@ -244,12 +247,12 @@ class BlockPool:
         renamed = np.array([moves.get(block, block) for block in used.tolist()], np.int32)
         names = np.zeros(self.num_blocks + 1, np.int32)
         names[used] = renamed
-        order = names[self._lru.order()]
+        order, times = names[self.lru.order()], self.lru.times()
         refs, findable = self._refs[used], self._findable[used]
         self._allocate(num_blocks)
         self._refs[renamed], self._findable[renamed] = refs, findable
         self.num_blocks = num_blocks
-        self._lru.push(order)
+        self.lru.push(order, times)
         self.free = FreeRuns(num_blocks, used=renamed)
 
     def check_valid(self) -> None:
@@ -259,7 +262,7 @@ class BlockPool:
         assert np.count_nonzero(free) == self.num_free and np.count_nonzero(cached) == self.num_cached
         assert np.count_nonzero(refs) == self.num_live and not np.any(refs < 0)
         assert self.free.blocks() == (np.flatnonzero(free) + 1).tolist()
-        assert [block for block in range(1, self.num_blocks + 1) if block in self._lru] == sorted(self.lru_order())
+        assert [block for block in range(1, self.num_blocks + 1) if block in self.lru] == sorted(self.lru_order())
         assert sorted(self.lru_order()) == (np.flatnonzero(cached) + 1).tolist()
         self.free.check_valid()
 
@@ -269,7 +272,7 @@ class BlockPool:
         """The ``count`` least recently used cached blocks: no longer findable, not yet free."""
         if not count:
             return []
-        blocks = self._lru.pop(count)
+        blocks = self.lru.pop(count)
         self._findable.put(blocks, False)
         evicted: list[int] = blocks.tolist()
         return evicted

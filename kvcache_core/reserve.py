@@ -11,6 +11,7 @@ from kvcache_core.errors import CacheFull
 from kvcache_core.match import LayerGroup
 from kvcache_core.plan import Reservation
 from kvcache_core.sequence import Sequence
+from kvcache_core.sharing import LimitOf, no_limit
 from kvcache_core.tails import Tails
 from kvcache_core.types import Evicted
 
@@ -29,12 +30,14 @@ class Room:
         self.index = tails.index
         self.block_size = tails.block_size
         self._has_states = any(group.kind == "state" for group in self.groups)
+        self.limit: LimitOf = no_limit
 
     def reserve(self, rows: _Sequence[_Row]) -> list[Reservation]:
         """Take every block the rows need, or raise :class:`CacheFull` before anything is changed."""
         stays = [self._stays(seq, len(tokens)) for seq, tokens in rows]
         others = [row for row, stay in zip(rows, stays, strict=True) if not stay]
         if others:
+            self._ask_for_more(others)
             self._make_room(others)
         ahead = iter(self._ahead(others)) if others else iter(())
         evicted: list[Evicted] = []
@@ -156,6 +159,18 @@ class Room:
         """Blocks to take until the sequence has ``length`` tokens."""
         new = max(0, -(-length // self.block_size) - len(seq.tables[number]))
         return new + self._replaces(seq, self.groups[number])
+
+    def _ask_for_more(self, rows: _Sequence[_Row]) -> None:
+        """Where another kind of content shares the limit and has room, say what the rows need."""
+        limit = self.limit()
+        if limit is None or not limit.more_blocks:
+            return
+        least, wanted = [], []
+        for number, _ in self._groups_of(rows):
+            ends = [(seq, seq.length + len(tokens)) for seq, tokens in rows]
+            least.append(sum(self._needed(seq, end, number) for seq, end in ends))
+            wanted.append(sum(self._needed(seq, max(end, seq.max_length), number) for seq, end in ends))
+        limit.blocks_short(least, wanted)
 
     def _make_room(self, rows: _Sequence[_Row]) -> None:
         """Raise :class:`CacheFull` if the rows need more than there is; take over tails if that helps."""

@@ -18,6 +18,7 @@ from kvcache_core.pool import BlockPool
 from kvcache_core.prefix import PrefixIndex
 from kvcache_core.reserve import Room
 from kvcache_core.sequence import Sequence
+from kvcache_core.sharing import UseClock
 from kvcache_core.tails import Tails
 from kvcache_core.transaction import Transactions
 from kvcache_core.types import SeqId, TokenIds
@@ -35,6 +36,7 @@ class OpenSequences:
         *,
         layout: BlockLayout | None = None,
         namespace: bytes = b"",
+        clock: UseClock | None = None,
     ) -> None:
         if layout is not None:
             block_size = layout.block_size
@@ -44,7 +46,7 @@ class OpenSequences:
         self.layout = layout
         self.block_size = block_size
         self.namespace = namespace
-        self.groups = tuple(LayerGroup(kind, window, BlockPool(num_blocks)) for kind, window in kinds)
+        self.groups = tuple(LayerGroup(kind, window, BlockPool(num_blocks, clock)) for kind, window in kinds)
         self._index = PrefixIndex(block_size, [num_blocks] * len(kinds))
         self._kv_groups = [group for group in self.groups if group.kind != "output"]
         self._kinds = [(group.kind, group.window) for group in self.groups]
@@ -54,7 +56,8 @@ class OpenSequences:
         self._room = Room(tails)
         self._placement = Placement(self._room)
         self._moves = Transactions(tails)
-        self._lock = threading.RLock()
+        self._lock = threading.RLock() if clock is None else clock.lock
+        self._readers: list[int] = []
         self.saver: Callable[[Sequence, str | os.PathLike[str]], None] | None = None
         self._open: dict[SeqId, Sequence] = {}
         self._next_id = 0

@@ -10,6 +10,7 @@ from typing import Any
 from kvcache_core.activation import ActivationSite
 from kvcache_core.admission import Admission
 from kvcache_core.entries import EntryCache
+from kvcache_core.sharing import UseClock
 
 __all__ = ["Sites"]
 
@@ -21,10 +22,14 @@ class Sites:
         size: capacity in entries; or
         memory: capacity in bytes.
         admit: which results are kept.
+
+    Attributes:
+        clock: the order of uses, and the lock, that the cache's blocks are to share.
     """
 
     def __init__(self, size: int | None, memory: int | None, admit: Admission) -> None:
-        self.entries = EntryCache(size, memory=memory, admit=admit)
+        self.clock = UseClock()
+        self.entries = EntryCache(size, memory=memory, admit=admit, clock=self.clock)
         self._sites: dict[int, ActivationSite] = {}
         self._numbers: dict[int, tuple[Callable[[], Any], int]] = {}
         self._count = itertools.count(1)

@@ -23,7 +23,7 @@ class CacheStats:
         num_blocks: capacity in blocks, the sum of the three above.
         block_size: tokens per block.
         open_sequences: sequences that are open now.
-        bytes: bytes the store has allocated; 0 for bookkeeping alone.
+        bytes: bytes the store has allocated, and those of activations; 0 for bookkeeping alone.
         bytes_per_block: bytes of one block, all layers; 0 if no layout is known yet.
         bypassed_calls: model calls inside ``with cache:`` that were computed as outside.
         bypassed_tokens: tokens of those calls.
@@ -37,6 +37,8 @@ class CacheStats:
         evicted_entries: activations given up for room.
         refused_entries: activations that were computed and not kept, because of ``admit=`` or for lack of room.
         entries: activations that can be found now.
+        entry_bytes: their bytes; part of ``bytes``.
+        memory_moves: how often memory moved between K/V blocks and activations.
         seconds_saved: what the hits would have taken to compute, estimated from the misses.
         seconds_spent: what hashing, looking up and copying activations took.
         bypass_reasons: {why: calls} of ``bypassed_calls``.
@@ -66,6 +68,8 @@ class CacheStats:
     evicted_entries: int = 0
     refused_entries: int = 0
     entries: int = 0
+    entry_bytes: int = 0
+    memory_moves: int = 0
     seconds_saved: float = 0.0
     seconds_spent: float = 0.0
     bypass_reasons: Mapping[str, int] = field(default_factory=dict)

@@ -62,8 +62,14 @@ class KVStore(Protocol):
     def import_blocks(self, group: int, blocks: Sequence[int], packed: NDArray[np.uint8]) -> None:
         """The reverse of :meth:`export_blocks`; ``packed`` may be read-only."""
 
-    def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]]) -> None:
-        """Change the capacity; ``moves`` holds {old: new} per layer group."""
+    def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]], *, last: int | None = None) -> None:
+        """Change the capacity, array by array.
+
+        Args:
+            num_blocks: usable blocks from now on.
+            moves: {old: new} per layer group.
+            last: the last block that holds something and stays where it is; None if that may be any.
+        """
 
 
 def packed_view(packed: NDArray[np.uint8], array: PackedArray) -> NDArray[Any]:
@@ -161,9 +167,9 @@ class NumpyStore:
             content = packed_view(packed, array).transpose(2, 0, 1, 3)
             self._blocks((array.layer, array.name))[:, list(blocks)] = content
 
-    def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]]) -> None:
-        """Change the capacity; ``moves`` holds {old: new} per layer group."""
-        kept = min(num_blocks, self.num_blocks) + 1
+    def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]], *, last: int | None = None) -> None:
+        """Change the capacity; see :meth:`KVStore.resize`."""
+        kept = min(num_blocks, self.num_blocks if last is None else last) + 1
         for key, array in self.arrays.items():
             old = self._blocks(key)
             new = np.zeros((old.shape[0], num_blocks + 1, *old.shape[2:]), array.dtype)

@@ -81,7 +81,12 @@ class Evicted:
 
 @dataclass(frozen=True, slots=True)
 class PoolResize:
-    """What a resize or a compaction did: evicted blocks (old ids) and the moves old id -> new id."""
+    """What a resize or a compaction did: evicted blocks (old ids) and the moves old id -> new id.
+
+    Attributes:
+        last: of a resize, the last block that stayed where it was; 0 if none did.
+    """
 
     evicted: list[BlockId]
     moves: dict[BlockId, BlockId]
+    last: int = 0

@@ -107,8 +107,7 @@ class WarmStart(Attaching):
                 "activations are saved from a cache with tiers (tiers=['ram:1MiB'] will do): only there have they keys "
                 "that another process can make"
             )
-        entries = self.sites.entries
-        return {"size": entries.size, "memory": entries.memory, "block_size": self._block_size, "dtype": self._dtype}
+        return {"size": self._size, "memory": self._memory, "block_size": self._block_size, "dtype": self._dtype}
 
     @classmethod
     def _load_cache(cls: type[_C], path: str | os.PathLike[str], **options: Any) -> _C:

@@ -13,8 +13,8 @@ from tensorflow.python.eager import record
 
 from kvcache_core.activation import ActivationSite, Bypassed, RowFormat
 from kvcache_core.described import ModuleIdentity
-from kvcache_core.entries import EntryLookup
 from kvcache_core.entryformat import EntryForm, Payload
+from kvcache_core.entrylookup import EntryLookup
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.tree import Tree, flatten
 from kvcache_core.worth import Worth

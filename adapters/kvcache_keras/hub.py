@@ -162,14 +162,14 @@ class ServedGenerate:
         beams = _beams(sampler)
         core = cache.core
         has_full = any(group.kind == "attention" and group.window is None for group in core.groups)
-        if has_full and request.blocks(beams, core.block_size) > core.num_blocks:
+        if has_full and request.blocks(beams, core.block_size) > core.most_blocks:
             need = request.blocks(beams, core.block_size)
             full = CacheFull(
-                f"generate needs {need} blocks for all rows; the whole cache has {core.num_blocks}; make it larger "
+                f"generate needs {need} blocks for all rows; the whole cache has {core.most_blocks}; make it larger "
                 "(size= or memory=) or generate fewer rows at once",
                 needed=need,
-                available=core.num_blocks,
-                capacity=core.num_blocks,
+                available=core.most_blocks,
+                capacity=core.most_blocks,
             )
             raise _Elsewhere(tokens, f"the cache has no room for it ({full})") from full
         cache.refresh()

@@ -221,24 +221,25 @@ class TensorStore:
             self._graphs["import", group] = tf.function(scatter, input_signature=spec, autograph=False)
         return self._graphs["import", group]
 
-    def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]]) -> None:
-        """Change the capacity; ``moves`` holds {old: new} per layer group.
+    def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]], *, last: int | None = None) -> None:
+        """Change the capacity, variable by variable; see :meth:`~kvcache_core.store.KVStore.resize`.
 
         The variables stay the same objects, so that traced functions go on using them.
         """
-        kept = min(num_blocks, self.num_blocks) + 1
+        kept = min(num_blocks, self.num_blocks if last is None else last) + 1
         old_stride, self.num_blocks = self.stride, num_blocks
-        for key, array in self._arrays.items():
-            spec = self._specs[key]
-            shape = (spec.heads, num_blocks + 1, self.layout.entries_per_block(key[0]), spec.size)
-            new = np.zeros(shape, array.dtype.as_numpy_dtype)
-            heads = np.arange(spec.heads)[:, None] * old_stride
-            new[:, :kept] = tf.gather(array, heads + np.arange(kept)).numpy()
-            group_moves = moves[self.layout.group_of(key[0])]
-            if group_moves:
-                sources, targets = np.array(list(group_moves.items())).T
-                new[:, targets] = tf.gather(array, heads + sources).numpy()
-            array.assign(new.reshape(-1, *shape[2:]))
+        with tf.init_scope():
+            for key, array in self._arrays.items():
+                spec = self._specs[key]
+                shape = (spec.heads, num_blocks + 1, self.layout.entries_per_block(key[0]), spec.size)
+                new = np.zeros(shape, array.dtype.as_numpy_dtype)
+                heads = np.arange(spec.heads)[:, None] * old_stride
+                new[:, :kept] = tf.gather(array, heads + np.arange(kept)).numpy()
+                group_moves = moves[self.layout.group_of(key[0])]
+                if group_moves:
+                    sources, targets = np.array(list(group_moves.items())).T
+                    new[:, targets] = tf.gather(array, heads + sources).numpy()
+                array.assign(new.reshape(-1, *shape[2:]))
 
     def _allocate(self, layer: int, name: str) -> tf.Variable:
         spec = self._specs[layer, name]

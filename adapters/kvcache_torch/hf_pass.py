@@ -73,10 +73,11 @@ class Pass:
         for row in self.tokens:
             self.cache.check_vocabulary(row)
         goes_on = len(self.past.rows) and self.columns.same_past
-        rows = self._go_on() if goes_on else self._open()
-        self.past.replace(rows, self.columns.ids, self.columns.valid, self.shifts)
-        self.past.sources = None if self.source is None else self.source.digests
-        return self._last() if self.keep else self._all()
+        with self.cache.core.reading():  # stored outputs are read where the plans of the steps say
+            rows = self._go_on() if goes_on else self._open()
+            self.past.replace(rows, self.columns.ids, self.columns.valid, self.shifts)
+            self.past.sources = None if self.source is None else self.source.digests
+            return self._last() if self.keep else self._all()
 
     # ---- computing -----------------------------------------------------------------------------
 

@@ -115,7 +115,7 @@ class TensorStore:
             with self._allocating:
                 array = self._arrays.get((layer, name))
                 if array is None:
-                    array = self._allocate(layer, name)
+                    array = self._arrays[layer, name] = self._allocate(layer, name)
         return array
 
     def group_of(self, layer: int) -> int:
@@ -248,31 +248,38 @@ class TensorStore:
                 target = self._blocks((spec.layer, spec.name))
                 target.index_copy_(1, index, _bits(content, target.dtype))
 
-    def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]]) -> None:
-        """Change the capacity; ``moves`` holds {old: new} per layer group."""
-        kept = min(num_blocks, self.num_blocks) + 1
+    def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]], *, last: int | None = None) -> None:
+        """Change the capacity, tensor by tensor; see :meth:`~kvcache_core.store.KVStore.resize`."""
+        kept = min(num_blocks, self.num_blocks if last is None else last) + 1
         self.num_blocks = num_blocks
-        self._pairs.clear()
         for key in list(self._arrays):
-            old = self._blocks(key)
-            self._allocate(*key)
-            new = self._blocks(key)
+            # One tensor after the other, each old one given back before the next new one is made.
+            self._arrays[key] = self._resized(key, kept, moves[self.layout.group_of(key[0])])
+        self._pairs.clear()
+
+    def _resized(self, key: tuple[int, str], kept: int, moves: Mapping[BlockId, BlockId]) -> Tensor:
+        """A tensor for ``num_blocks`` with what the present one holds."""
+        old, array = self._blocks(key), self._allocate(*key)
+        new = self._in_blocks(key, array)
+        with torch.inference_mode(False), torch.no_grad():
             new[:, :kept] = old[:, :kept]
-            for source, target in moves[self.layout.group_of(key[0])].items():
-                new[:, target] = old[:, source]
+            if moves:
+                sources, targets = torch.tensor(list(moves.items()), device=self.device).unbind(1)
+                new.index_copy_(1, targets, old.index_select(1, sources))
+        return array
 
     def _allocate(self, layer: int, name: str) -> Tensor:
         spec = self._specs[layer, name]
         shape = (spec.heads, (self.num_blocks + 1) * self.layout.entries_per_block(layer), spec.size)
         # Not an inference tensor even inside inference_mode: those cannot be written outside it later.
         with torch.inference_mode(False):
-            array = torch.zeros(shape, dtype=_STORED[self._dtype(layer, name)], device=self.device)
-        self._arrays[layer, name] = array
-        return array
+            return torch.zeros(shape, dtype=_STORED[self._dtype(layer, name)], device=self.device)
 
     def _blocks(self, key: tuple[int, str]) -> Tensor:
         """An array's memory seen as [H, blocks, entries, D]."""
-        array = self.array(*key)
+        return self._in_blocks(key, self.array(*key))
+
+    def _in_blocks(self, key: tuple[int, str], array: Tensor) -> Tensor:
         return array.view(array.shape[0], -1, self.layout.entries_per_block(key[0]), array.shape[2])
 
 

@@ -350,6 +350,20 @@ def test_packed_blocks_survive_a_resize(name):
     assert np.array_equal(store.export_blocks(1, [1, 4, 2]), before[[1, 0, 0]])
 
 
+@pytest.mark.parametrize("name", list(STORES))
+@pytest.mark.parametrize("size", [5, 9])
+def test_a_resize_that_knows_the_last_block_in_use_keeps_all_up_to_it(name, size):
+    layout = LAYOUTS["two groups"]
+    store = STORES[name](layout, 6)
+    for layer, array in arrays(layout):
+        store.write(layer, array.name, np.arange(28), values(layout, array, 28, layer))
+    before = [store.export_blocks(group, [1, 2, 3, 6]) for group in (0, 1)]
+    store.resize(size, [{}, {6: 4}], last=2)
+    assert np.array_equal(store.export_blocks(0, [1, 2]), before[0][:2])
+    assert np.array_equal(store.export_blocks(1, [1, 2, 4]), before[1][[0, 1, 3]])
+    assert not store.export_blocks(0, [3, size]).any()
+
+
 def _equal_bytes(blocks: list[list[dict[Any, np.ndarray]]]) -> None:
     first = blocks[0]
     for other in blocks[1:]:

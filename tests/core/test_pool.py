@@ -204,7 +204,7 @@ def test_the_release_queue_does_not_grow_with_use():
     for _ in range(5000):
         pool.retain(taken)
         pool.release(taken)
-    assert len(pool._lru._entries) <= 2 * 4 + 65
+    assert len(pool.lru._entries) <= 2 * 4 + 65
     assert pool.lru_order() == taken[::-1]
     pool.check_valid()
 

@@ -1,0 +1,56 @@
+"""What the kinds of content of one cache share: a lock, the order of uses, and a limit in bytes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+__all__ = ["LimitOf", "SharedLimit", "UseClock", "no_limit"]
+
+
+class UseClock:
+    """One lock and one order of uses for all the pools of a cache: a release in any of them has a time of its own.
+
+    Attributes:
+        now: the time of the last release, 0 before the first.
+        lock: held by whoever touches a pool.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.lock = threading.RLock()
+
+    def tick(self) -> int:
+        """The time of a release that happens now."""
+        self.now += 1
+        return self.now
+
+
+class SharedLimit(Protocol):
+    """Who is asked, under the lock and before anything is changed, when one kind is short of room."""
+
+    @property
+    def more_blocks(self) -> int:
+        """Blocks that the other kind could give up at most."""
+
+    @property
+    def more_bytes(self) -> int:
+        """Bytes that K and V could give up at most, now."""
+
+    def blocks_short(self, least: Sequence[int], wanted: Sequence[int]) -> None:
+        """A step takes ``least`` blocks of each layer group, better ``wanted``: see whether there should be more."""
+
+    def bytes_short(self, size: int, rest: int) -> None:
+        """An entry of ``size`` bytes does not fit unless the oldest one goes: see whether something else should go.
+        Others, of ``rest`` bytes together, come behind it.
+        """
+
+
+LimitOf = Callable[[], "SharedLimit | None"]
+"""Gives the limit that is shared with another kind; None if there is none (any more)."""
+
+
+def no_limit() -> SharedLimit | None:
+    """No limit is shared."""
+    return None
