@@ -35,7 +35,7 @@ model of the family has shown the cached result to equal the uncached one:
 - forward: `with cache: model(ids)`, nothing, a part and all of it cached
 - stepwise: random splits into steps over ragged rows, forks and truncations, and the library's own `generate`
 - greedy, sampling, beam search, several sequences (`num_return_sequences`), assisted: the framework's own `generate`
-- padding: rows of different lengths, padded on the left and on the right
+- padding: rows of different lengths, padded on the left and on the right; in KerasHub on the right, as it does itself
 - continued: a kept cache goes on with the next turn; small pool: with eviction while it runs
 - graph: inside a `tf.function` of your own
 """

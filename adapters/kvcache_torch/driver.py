@@ -33,6 +33,9 @@ __all__ = [
     "logits_of",
 ]
 
+_PADDING = {"lengths", "mask", "attention_mask"}
+"""Keyword arguments that say which ids are padding: they are the cache's, no model sees them."""
+
 
 class Driver:
     """For models built from ``kvcache_torch.attention``; a subclass knows another kind of model.
@@ -142,7 +145,7 @@ class Driver:
         """What a model that needs more than token ids is called with, if the first argument may be token ids."""
         if not args or len(args) + len(kwargs) < 2 or not looks_like_ids(args[:1], {}) or not self.needs_more():
             return None
-        return Extras.of(args[1:], kwargs, len(args[0]))
+        return Extras.of(args[1:], {name: kwargs[name] for name in kwargs.keys() - _PADDING}, len(args[0]))
 
     def needs_more(self) -> bool:
         """Whether the model cannot be called with token ids alone, like a decoder that needs a memory."""
@@ -192,7 +195,7 @@ def _is_causal(model: Any) -> bool:
 def looks_like_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call is one of a token model: integer ids [B, T], and at most what says which are padding."""
     integers = len(args) == 1 and isinstance(args[0], Tensor) and not args[0].is_floating_point()
-    return integers and args[0].dim() == 2 and not kwargs.keys() - {"lengths", "mask", "attention_mask"}
+    return integers and args[0].dim() == 2 and not kwargs.keys() - _PADDING
 
 
 @contextlib.contextmanager

@@ -111,7 +111,7 @@ def close(found, expected):
 
 
 TABLE = "Keras: its own attention layers"
-MODES = {"forward", "stepwise", "graph"}
+MODES = {"forward", "stepwise", "small pool", "graph"}
 IN_EVERY_RUN = ("multi-head, window", "grouped-query", "subclassed")
 
 
@@ -146,6 +146,22 @@ def test_in_a_graph_of_the_users_own(name):
     close(second, expected)
     assert cache.stats().hit_tokens >= 20
     proven(TABLE, name, "graph")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["grouped-query", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "grouped-query")],
+)
+def test_small_pool(name):
+    model, cache = MODELS[name](), KVCache(size=10, block_size=4)
+    cache.attach(model)
+    for seed in range(4):
+        prompts = np.random.default_rng(seed).integers(1, VOCAB, (2, 11)).tolist()
+        found = generate(model, prompts, max_new_tokens=5, cache=cache)
+        assert found == generate(model, prompts, max_new_tokens=5)
+    assert cache.stats().evicted_blocks > 0
+    cache.core.check_valid()
+    proven(TABLE, name, "small pool")
 
 
 def test_a_saved_attached_model_is_the_plain_one(tmp_path):

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You are using a softmax over axi
 
 
 TABLE = "Keras: KerasHub, encoder-decoder"
-MODES = {"greedy", "beam search", "small pool"}
+MODES = {"greedy", "sampling", "padding", "beam search", "small pool"}
 
 
 def test_the_table_claims_what_is_tested_here_and_no_more():
@@ -65,6 +65,15 @@ def recompute(model, inputs):
     return tokens
 
 
+def samplers():
+    """What is tried besides greedy: makers of samplers."""
+    return (
+        lambda: keras_hub.samplers.TopKSampler(k=4, seed=3),
+        lambda: keras_hub.samplers.TopPSampler(p=0.9, seed=3),
+        lambda: keras_hub.samplers.BeamSampler(num_beams=3),
+    )
+
+
 @pytest.mark.parametrize("family", ["BART", pytest.param("Moonshine", marks=pytest.mark.slow)])
 def test_generate(family):
     model, first, second = build(family), batch(family), batch(family, seed=1)
@@ -82,8 +91,11 @@ def test_generate(family):
     assert len(encoded) == 1  # traced once; it ran once per input
     hits = cache.stats().hit_tokens
     assert hits >= 4 + 2 + 4  # the third call, by the first one's rows
-    model.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=3), run_eagerly=True)
-    np.testing.assert_array_equal(run(model, first), own(model, first))
+    for sampler in samplers():
+        model.compile(sampler=sampler(), run_eagerly=True)
+        found = run(model, first)
+        model.compile(sampler=sampler(), run_eagerly=True)  # a sampler draws anew where it was left
+        np.testing.assert_array_equal(found, own(model, first))
     assert cache.stats().bypassed_calls == 0
     assert cache.stats().live_blocks == 0
     cache.detach()
@@ -134,18 +146,19 @@ def test_whisper():
         assert mask[0].tolist() == [True] * (first + 1) + [False] * (11 - first)
         if size == 64:
             assert cache.stats().hit_tokens > 0
-            beams = np.asarray(generate(backbone, inputs, sampler="beam")["decoder_token_ids"])
+            found = [generate(backbone, inputs, sampler=make())["decoder_token_ids"] for make in samplers()]
         cache.detach()
     with pytest.raises(UsageError, match="not attached"):
         generate(backbone, inputs)
-    np.testing.assert_array_equal(beams, _beam_search(logits, ids, given, 5))
+    for make, tokens in zip(samplers(), found, strict=True):
+        np.testing.assert_array_equal(tokens, _by_hand(make(), logits, ids, given))
     for mode in MODES:
         proven(TABLE, "Whisper", mode)
 
 
-def _beam_search(logits, ids, given, beams):
-    """KerasHub's own beam search with no cache at all."""
-    sampler = keras_hub.samplers.BeamSampler(num_beams=beams)
+def _by_hand(sampler, logits, ids, given):
+    """KerasHub's own sampler with no cache at all."""
+    beams = getattr(sampler, "num_beams", 1)
     width = ids.shape[1]
 
     def following(prompt, cache, index):
