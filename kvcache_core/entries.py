@@ -192,14 +192,15 @@ class EntryCache:
             return True
         if not self._make_room(entry.nbytes, rest):
             return False
-        (block,), evicted = self._pool.take(1)
-        self._forget(evicted)
+        block, was_evicted = self._pool.take_one()
+        if was_evicted:
+            self._forget([block])
         self._blocks[entry.key] = block
         self._contents[block] = entry
         self._sizes[block] = entry.nbytes
         self.bytes += entry.nbytes
         self._pool.mark_findable(block)
-        self._pool.release([block])
+        self._pool.release_one(block)
         return True
 
     def resize(self, size: int | None = None, *, memory: int | None = None) -> None:

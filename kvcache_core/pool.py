@@ -163,6 +163,15 @@ class BlockPool:
             gone = gone[findable]
         self.lru.push(gone)
 
+    def release_one(self, block: int) -> None:
+        """:meth:`release` one block, which must be live."""
+        left = self.ref[block] - 1
+        if left < 0:
+            self.release([block])  # says what is wrong
+        self.ref[block] = left
+        if not left:
+            (self.lru.push if self._findable_at[block] else self.free.put)(id_array([block]))
+
     def mark_findable(self, block: int) -> None:
         """Keep the content of a live block when its last reference goes.
 

@@ -20,6 +20,7 @@ from kvcache_core.tree import Tree, flatten
 from kvcache_core.worth import Worth
 from kvcache_keras.context import local, not_recording, recording
 from kvcache_keras.fingerprint import Fingerprint
+from kvcache_keras.graphactivation import call_in_graph
 from kvcache_keras.portable import export_row, layer_identity, restore_row
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Site(ActivationSite):
         self.identity = ModuleIdentity(identity, type(module).__name__)
         self._identity = (identity or "").encode()
         self._number = cache.sites.number(module).to_bytes(8, "little")
-        self.pending: OrderedDict[int, tuple[EntryLookup, EntryForm | None, Tree | None]] = OrderedDict()
+        self.pending: OrderedDict[int, tuple[EntryLookup, EntryForm | None, Tree]] = OrderedDict()
         self._numbers = itertools.count(1)
 
     # ---- tensors -------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ class Site(ActivationSite):
             return output, "the module changed its own weights while it computed"
         return output, ""
 
-    # ---- a graph's two host calls --------------------------------------------------------------
+    # ---- a graph's host calls -----------------------------------------------------------------
 
     def begin(
         self,
@@ -141,9 +142,13 @@ class Site(ActivationSite):
         dtypes: Sequence[Any],
         arrays: Sequence[Any],
         weights: bytes,
-        output: Tree | None,
-    ) -> tuple[int, list[int]]:
-        """Look up samples of a graph that found these weights; returns the call's number and what to compute."""
+        output: Tree,
+    ) -> tuple[int, list[int], list[Any] | None]:
+        """Look up samples of a graph that found these weights.
+
+        Returns:
+            The call's number, the samples to compute, and the whole result [B, ...] if there are none.
+        """
         local.samples = weights  # of this thread: graphs may run side by side
         try:
             count = next(len(array) for array, mine in zip(arrays, split, strict=False) if mine)
@@ -152,11 +157,13 @@ class Site(ActivationSite):
         finally:
             local.samples = None
         lookup = self.entries.look_up(keys, form)
+        if keys and not lookup.compute:
+            return 0, [], _stacked([rows for _, rows in lookup.found])
         number = next(self._numbers)
         self.pending[number] = lookup, form, output
         while len(self.pending) > _PENDING_AT_MOST:
             self.pending.popitem(last=False)
-        return number, lookup.compute
+        return number, lookup.compute, None
 
     def finish(self, number: int, outputs: Sequence[Any]) -> list[Any]:
         """Keep what a graph computed, its arrays [computed, ...], and give the whole result [B, ...]."""
@@ -168,20 +175,26 @@ class Site(ActivationSite):
                 f"the module's output has no row per sample: for {len(lookup.compute)} samples its shapes are "
                 f"{[output.shape for output in outputs]}; do not attach it"
             )
-        computed: list[Payload] = []
-        if lookup.compute and tree is not None:
-            columns = [self.copies(output) for output in outputs]
-            computed = [(tree, [row for row, _ in rows]) for rows in zip(*columns, strict=True)]
-            sizes = [sum(size for _, size in rows) for rows in zip(*columns, strict=True)]
-            self.entries.keep(lookup, computed, sizes, form)
-        payloads = [
-            (computed[lookup.sources[sample]] if sample in lookup.sources else found)[1]
-            for sample, found in enumerate(lookup.found)
-        ]
-        columns_out = list(zip(*payloads, strict=True))
-        if any(row.shape != column[0].shape for column in columns_out for row in column):
-            raise InvalidInput("the module's output shape depends on the other samples of its batch; do not attach it")
-        return [np.stack(column) for column in columns_out]
+        columns = [self.copies(output) for output in outputs]
+        computed: list[Payload] = [(tree, [row for row, _ in rows]) for rows in zip(*columns, strict=True)]
+        sizes = [sum(size for _, size in rows) for rows in zip(*columns, strict=True)]
+        self.entries.keep(lookup, computed, sizes, form)
+        if len(computed) == len(lookup.keys):
+            return list(outputs)
+        return _stacked(
+            [
+                (computed[lookup.sources[sample]] if sample in lookup.sources else found)[1]
+                for sample, found in enumerate(lookup.found)
+            ]
+        )
+
+
+def _stacked(samples: Sequence[Sequence[Any]]) -> list[Any]:
+    """The rows of each sample as arrays [B, ...]."""
+    columns = list(zip(*samples, strict=True))
+    if any(row.shape != column[0].shape for column in columns for row in column):
+        raise InvalidInput("the module's output shape depends on the other samples of its batch; do not attach it")
+    return [np.array(column) for column in columns]
 
 
 def call(cache: KVCache, site: Site, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -204,82 +217,10 @@ def call(cache: KVCache, site: Site, original: Callable[..., Any], args: Any, kw
         result, served = cache.serve(site, original, args, kwargs)
         return result if served or result is not None else original(*args, **kwargs)
     try:
-        return _graph_call(site, original, leaves, tree)
+        return call_in_graph(site, original, leaves, tree)
     except Bypassed as bypassed:
         cache.bypass(0, bypassed.reason, warn=not bypassed.expected)
         return original(*args, **kwargs)
-
-
-def _graph_call(site: Site, original: Callable[..., Any], leaves: Sequence[_Tensor], tree: Tree) -> Any:
-    """Decide while the graph runs which samples are computed."""
-    if site.side_effects:
-        raise Bypassed("the module was attached with side_effects=True", expected=True)
-    leaves = [tf.convert_to_tensor(leaf) for leaf in leaves]
-    args, kwargs = tree.rebuild(leaves)
-    split = _which_split(site, args, kwargs, leaves)
-    dtypes = [leaf.dtype for leaf in leaves]
-    weights = site.weights
-    samples = weights.sample()
-
-    def begin(*arrays: Any) -> list[Any]:
-        # A call that turned out not to be served has left this in the graph, and found nothing.
-        output = found[0] if found else None
-        state = weights.digest_of_samples(arrays[len(leaves) :])
-        number, compute = site.begin(tree, split, dtypes, arrays[: len(leaves)], state, output)
-        return [np.int64(number), np.array(compute, np.int32)]
-
-    number, rows = tf.numpy_function(begin, [*leaves, *samples], [tf.int64, tf.int32])
-    number.set_shape([])
-    rows.set_shape([None])
-    found: list[Any] = []
-
-    def compute() -> list[_Tensor]:
-        some = [tf.gather(leaf, rows) if mine else leaf for leaf, mine in zip(leaves, split, strict=True)]
-        for leaf, part in zip(leaves, some, strict=True):
-            part.set_shape([None if leaf is not part else part.shape[0], *leaf.shape[1:]] if leaf.shape.rank else [])
-        args, kwargs = tree.rebuild(some)
-        with not_recording():
-            outputs, shape = flatten(original(*args, **kwargs), site.is_tensor)
-        if not outputs or any(not output.shape.rank for output in outputs):
-            raise Bypassed(f"the output has no row per sample (its shapes are {[o.shape for o in outputs]})")
-        found[:] = [shape, [output.dtype for output in outputs], [output.shape for output in outputs]]
-        return outputs
-
-    def nothing() -> list[_Tensor]:
-        _, types_, shapes = found
-        return [
-            tf.zeros([0, *(size or 0 for size in shape[1:])], dtype)
-            for dtype, shape in zip(types_, shapes, strict=True)
-        ]
-
-    count = tf.shape(next(leaf for leaf, mine in zip(leaves, split, strict=True) if mine))[0]
-    # Zero samples are computed too: only so are the other sizes of the result known.
-    computed = tf.nest.flatten(tf.cond((tf.size(rows) > 0) | (count == 0), compute, nothing))
-    shape, types_, shapes = found
-
-    def finish(number: Any, *outputs: Any) -> list[Any]:
-        return site.finish(int(number), outputs)
-
-    results = tf.nest.flatten(tf.numpy_function(finish, [number, *computed], types_))
-    batch = next((leaf.shape[0] for leaf, mine in zip(leaves, split, strict=True) if mine), None)
-    for result, known in zip(results, shapes, strict=True):
-        result.set_shape([batch, *known[1:]])
-    return shape.rebuild([tf.stop_gradient(result) for result in results])
-
-
-def _which_split(site: Site, args: Any, kwargs: Any, leaves: Sequence[_Tensor]) -> list[bool]:
-    """Per tensor, whether its rows are the samples'. An open first dimension counts as the batch's."""
-    declared = [False] * len(flatten(args, site.is_tensor)[0])
-    for name, value in kwargs.items():
-        declared += [name in site.shared] * len(flatten(value, site.is_tensor)[0])
-    sizes = [leaf.shape[0] if leaf.shape.rank else 0 for leaf in leaves]
-    batch = next((size for size, shared in zip(sizes, declared, strict=True) if size != 0 and not shared), 0)
-    if batch == 0:
-        raise Bypassed("the input has no samples: no tensor with a first dimension of at least 1", expected=True)
-    return [
-        size != 0 and not shared and (size == batch or size is None or batch is None)
-        for size, shared in zip(sizes, declared, strict=True)
-    ]
 
 
 def check_dense(tensor: _Tensor) -> None:

@@ -157,6 +157,16 @@ def test_releasing_more_often_than_retained_names_the_block_and_changes_nothing(
         pool.mark_findable(taken[0])
 
 
+def test_releasing_one_block_too_often_changes_nothing():
+    pool = BlockPool(2)
+    (block,), _ = pool.take(1)
+    pool.release_one(block)
+    with pytest.raises(BlockError, match="released more often"):
+        pool.release_one(block)
+    pool.check_valid()
+    assert pool.num_free == 2
+
+
 def test_a_table_holds_a_block_once():
     pool = BlockPool(4)
     taken, _ = pool.take(3)
@@ -275,7 +285,10 @@ def test_eviction_follows_a_naive_lru(size, actions):
             held.append(list(blocks))
         elif held:
             blocks = held.pop(pick % len(held))
-            pool.release(blocks)
+            if len(blocks) == 1:
+                pool.release_one(blocks[0])
+            else:
+                pool.release(blocks)
             naive.release(blocks)
         pool.check_valid()
         assert [pool.refs(b) for b in naive.refs] == list(naive.refs.values())

@@ -1,0 +1,101 @@
+"""A layer's results kept per sample, in graphs of the user's own: decided while the graph runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tensorflow as tf
+
+from kvcache_core.activation import Bypassed
+from kvcache_core.tree import Tree, flatten
+from kvcache_keras.context import not_recording
+
+if TYPE_CHECKING:
+    from kvcache_keras.activation import Site
+
+__all__ = ["call_in_graph"]
+
+_Tensor = Any
+
+
+def call_in_graph(site: Site, original: Callable[..., Any], leaves: Sequence[_Tensor], tree: Tree) -> Any:
+    """The attached layer on ``leaves``; which samples are computed is decided while the graph runs.
+
+    One call of the host looks them up, and brings the whole result if all are there; another one keeps what was
+    computed.
+    """
+    if site.side_effects:
+        raise Bypassed("the module was attached with side_effects=True", expected=True)
+    leaves = [tf.convert_to_tensor(leaf) for leaf in leaves]
+    args, kwargs = tree.rebuild(leaves)
+    split = _which_split(site, args, kwargs, leaves)
+    with not_recording():
+        results, shape, known = _looked_up_or_computed(site, original, leaves, tree, split)
+    batch = next((leaf.shape[0] for leaf, mine in zip(leaves, split, strict=True) if mine), None)
+    for result, size in zip(results, known, strict=True):
+        result.set_shape([batch, *size[1:]])
+    return shape.rebuild([tf.stop_gradient(result) for result in results])
+
+
+def _looked_up_or_computed(
+    site: Site, original: Callable[..., Any], leaves: Sequence[_Tensor], tree: Tree, split: Sequence[bool]
+) -> tuple[list[_Tensor], Tree, list[tf.TensorShape]]:
+    """The result's tensors, its structure, and the tensors' shapes as far as the module says them."""
+    found: list[Any] = []
+
+    def compute(number: _Tensor, rows: _Tensor) -> list[_Tensor]:
+        some = [tf.gather(leaf, rows) if mine else leaf for leaf, mine in zip(leaves, split, strict=True)]
+        for leaf, part in zip(leaves, some, strict=True):
+            part.set_shape([None if leaf is not part else part.shape[0], *leaf.shape[1:]] if leaf.shape.rank else [])
+        args, kwargs = tree.rebuild(some)
+        outputs, shape = flatten(original(*args, **kwargs), site.is_tensor)
+        if not outputs or any(not output.shape.rank for output in outputs):
+            raise Bypassed(f"the output has no row per sample (its shapes are {[o.shape for o in outputs]})")
+        found[:] = [shape, [output.dtype for output in outputs], [output.shape for output in outputs]]
+        return _flat(tf.numpy_function(finish, [number, *outputs], found[1]))
+
+    def finish(number: Any, *outputs: Any) -> list[Any]:
+        return site.finish(int(number), outputs)
+
+    # Traced before the call that decides about it: only now is it known what that call brings.
+    spec = (tf.TensorSpec([], tf.int64), tf.TensorSpec([None], tf.int32))
+    computing = tf.function(compute, input_signature=spec, autograph=False).get_concrete_function()
+    shape, types, known = found
+    weights, dtypes = site.weights, [leaf.dtype for leaf in leaves]
+
+    def begin(*arrays: Any) -> list[Any]:
+        state = weights.digest_of_samples(arrays[len(leaves) :])
+        number, rows, results = site.begin(tree, split, dtypes, arrays[: len(leaves)], state, shape)
+        if results is None:
+            results = [np.zeros(0, dtype.as_numpy_dtype) for dtype in types]
+        return [np.int64(number), np.array(rows, np.int32), *results]
+
+    number, rows, *results = tf.numpy_function(begin, [*leaves, *weights.sample()], [tf.int64, tf.int32, *types])
+    number.set_shape([])
+    rows.set_shape([None])
+    count = tf.shape(next(leaf for leaf, mine in zip(leaves, split, strict=True) if mine))[0]
+    # Zero samples are computed too: only so are the other sizes of the result known.
+    needed = (tf.size(rows) > 0) | (count == 0)
+    return _flat(tf.cond(needed, lambda: computing(number, rows), lambda: results)), shape, known
+
+
+def _flat(tensors: Any) -> list[_Tensor]:
+    found: list[_Tensor] = tf.nest.flatten(tensors)
+    return found
+
+
+def _which_split(site: Site, args: Any, kwargs: Any, leaves: Sequence[_Tensor]) -> list[bool]:
+    """Per tensor, whether its rows are the samples'. An open first dimension counts as the batch's."""
+    declared = [False] * len(flatten(args, site.is_tensor)[0])
+    for name, value in kwargs.items():
+        declared += [name in site.shared] * len(flatten(value, site.is_tensor)[0])
+    sizes = [leaf.shape[0] if leaf.shape.rank else 0 for leaf in leaves]
+    batch = next((size for size, shared in zip(sizes, declared, strict=True) if size != 0 and not shared), 0)
+    if batch == 0:
+        raise Bypassed("the input has no samples: no tensor with a first dimension of at least 1", expected=True)
+    return [
+        size != 0 and not shared and (size == batch or size is None or batch is None)
+        for size, shared in zip(sizes, declared, strict=True)
+    ]
