@@ -133,16 +133,21 @@ static inline __attribute__((always_inline)) void add_tile(const int vectors, bl
     else
         for (; t < count; t++) scores(1, vectors, keys + t * width, width, b->q, score + t);
     if (edge) hide(b, score, first, count);
+    vec largest[VECTORS];
+#pragma GCC unroll 3
+    for (int v = 0; v < vectors; v++) largest[v] = b->largest.lanes[v];
+    for (t = 0; t < count; t++)
+#pragma GCC unroll 3
+        for (int v = 0; v < vectors; v++) largest[v] = larger(score[t].lanes[v], largest[v]);
 #pragma GCC unroll 3
     for (int v = 0; v < vectors; v++) {
-        vec largest = b->largest.lanes[v], total = {0};
-        for (t = 0; t < count; t++) largest = larger(score[t].lanes[v], largest);
+        vec total = {0};
         for (t = 0; t < count; t++) {
-            score[t].lanes[v] = power(score[t].lanes[v] - largest);
+            score[t].lanes[v] = power(score[t].lanes[v] - largest[v]);
             total += score[t].lanes[v];
         }
-        kept.lanes[v] = power(b->largest.lanes[v] - largest);
-        b->largest.lanes[v] = largest;
+        kept.lanes[v] = power(b->largest.lanes[v] - largest[v]);
+        b->largest.lanes[v] = largest[v];
         b->total.lanes[v] = b->total.lanes[v] * kept.lanes[v] + total;
     }
     for (int64_t d = 0; d < value_width; d += ACROSS)
@@ -201,11 +206,15 @@ static void begin_block(const layer *l, block *b, int64_t begin, int64_t some, i
 }
 
 /* out: the row's, of the group's first head. */
-static void end_block(const layer *l, const block *b, int64_t begin, int64_t some, float *out) {
+static void end_block(const layer *l, block *b, int64_t begin, int64_t some, float *out) {
+    for (int v = 0; v < VECTORS; v++) {
+        const vec share = 1.0f / b->total.lanes[v];
+        for (int64_t d = 0; d < l->value_width; d++) b->result[d].lanes[v] *= share;
+    }
     for (int64_t lane = 0; lane < some; lane++) {
         const int64_t query = begin + lane;
         float *to = out + (query / l->groups * l->heads * l->groups + query % l->groups) * l->value_width;
-        for (int64_t d = 0; d < l->value_width; d++) to[d] = b->result[d].at[lane] / b->total.at[lane];
+        for (int64_t d = 0; d < l->value_width; d++) to[d] = b->result[d].at[lane];
     }
 }
 
