@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from kvcache_core.errors import InvalidInput, TierError
 
@@ -17,12 +18,18 @@ try:
 except ImportError as error:
     raise ImportError('a disk tier needs lmdb: pip install "kvcache-core[disk]"') from error
 
-__all__ = ["SharedFile", "lmdb", "make_folder"]
+__all__ = ["LOCK_SECONDS", "SharedFile", "held_by_another", "lmdb", "make_folder"]
+
+LOCK_SECONDS = 10.0
+"""So long opening and closing wait for a process that holds the file's lock."""
 
 _FORMAT = b"kvcache-disk-1"
+_NAMES = (b"values", b"records", b"order", b"meta")
 _CHECK = """
 import sys, lmdb
 env = lmdb.open(sys.argv[1], max_dbs=4, readonly=True, lock=False, create=False)
+if not env.stat()["entries"]:
+    sys.exit(0)  # another process has only just made it
 with env.begin(buffers=True) as txn:
     for name in (b"values", b"records", b"order"):
         db = env.open_db(name, txn=txn, create=False)
@@ -43,16 +50,49 @@ class SharedFile:
     _guard = threading.Lock()
 
     def __init__(self, path: Path, name: str, max_bytes: int, sync: bool) -> None:
-        self._path, self.users = path, 1
+        self._path, self.users = path, 0
+        self._env: Any = None
+        self._failure: Exception | None = None
+        self._done = threading.Event()
         file = path / "data.mdb"
         if file.exists() and not _is_sound(path):
             aside = path / f"data.mdb.{int(time.time())}-{os.getpid()}.damaged"
             file.rename(aside)
             with contextlib.suppress(OSError):
                 (path / "lock.mdb").unlink()
+        # In a thread: opening takes the file's lock, for which LMDB waits without limit.
+        threading.Thread(target=self._begin, args=(name, max_bytes, sync), name="kvcache-opening", daemon=True).start()
+
+    @classmethod
+    def open(cls, path: Path, name: str, max_bytes: int, sync: bool) -> SharedFile:
+        """The file of this path, opened or shared.
+
+        Raises:
+            TierError: it cannot be opened, or another process has held its lock for too long.
+        """
+        with cls._guard:
+            shared = cls._open.get(path)
+            if shared is None:
+                shared = cls._open[path] = cls(path, name, max_bytes, sync)
+            shared.users += 1
+        done = shared._done.wait(LOCK_SECONDS)
+        if done and shared._failure is None:
+            return shared
+        shared.release()
+        if shared._failure is not None:
+            raise shared._failure
+        raise TierError(f"tier {name!r} was not opened within {LOCK_SECONDS:g} s: {held_by_another(path)}")
+
+    def release(self) -> None:
+        """One user less; the last one closes."""
+        with self._guard:
+            self.users -= 1
+            self._close_unused()
+
+    def _begin(self, name: str, max_bytes: int, sync: bool) -> None:
         try:
             self._env = lmdb.open(
-                str(path),
+                str(self._path),
                 # Room for pages that are half full, and for those that a reader still holds.
                 map_size=max_bytes + max_bytes // 4 + (16 << 20),
                 max_dbs=4,
@@ -62,39 +102,46 @@ class SharedFile:
                 readahead=False,
             )
             self._env.reader_check()
-            names = (b"values", b"records", b"order", b"meta")
-            databases = [self._env.open_db(one) for one in names]
-            with self._env.begin(write=True) as txn:
-                found = txn.get(b"format", db=databases[3])
-                if found is None:
-                    txn.put(b"format", _FORMAT, db=databases[3])
+            self.handles = (self._env, *_databases(self._env, name))
         except (lmdb.Error, OSError) as error:
-            raise TierError(
+            self._failure = TierError(
                 f"tier {name!r} cannot be opened ({error}); name another folder, or delete it if no process uses it"
-            ) from error
-        if found not in (None, _FORMAT):
-            self._env.close()
-            raise TierError(f"tier {name!r} was written by another version ({found!r}); name another folder")
-        self.handles = (self._env, *databases)
-
-    @classmethod
-    def open(cls, path: Path, name: str, max_bytes: int, sync: bool) -> SharedFile:
-        """The file of this path, opened or shared."""
-        with cls._guard:
-            known = cls._open.get(path)
-            if known is None:
-                known = cls._open[path] = cls(path, name, max_bytes, sync)
-            else:
-                known.users += 1
-            return known
-
-    def release(self) -> None:
-        """One user less; the last one closes."""
+            )
+        except TierError as error:
+            self._failure = error
         with self._guard:
-            self.users -= 1
-            if not self.users:
-                del self._open[self._path]
-                self._env.close()
+            self._done.set()
+            self._close_unused()
+
+    def _close_unused(self) -> None:
+        """Close what nobody uses, unless its opening still waits: a file may not be opened twice meanwhile."""
+        if self.users or not self._done.is_set() or self._open.get(self._path) is not self:
+            return
+        del self._open[self._path]
+        if self._env is not None:
+            self._env.close()
+
+
+def held_by_another(path: Path) -> str:
+    """Why it waits, and the remedy."""
+    return (
+        f"another process holds its lock and does not let go; end that process (`fuser {path / 'lock.mdb'}` names it), "
+        "or name another folder"
+    )
+
+
+def _databases(env: Any, name: str) -> list[Any]:
+    """The handles of values, records, order and meta. The client gives lasting ones to a writer only, and lets other
+    threads run while it waits only in ``begin``.
+    """
+    with env.begin(write=True) as txn:
+        handles = [env.open_db(one, txn=txn) for one in _NAMES]
+        found = txn.get(b"format", db=handles[3])
+        if found is None:
+            txn.put(b"format", _FORMAT, db=handles[3])
+    if found not in (None, _FORMAT):
+        raise TierError(f"tier {name!r} was written by another version ({found!r}); name another folder")
+    return handles
 
 
 def make_folder(path: Path, name: str) -> None:

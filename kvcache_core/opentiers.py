@@ -14,6 +14,7 @@ from kvcache_core.demotion import DemotionQueue
 from kvcache_core.errors import BlockRefused, InvalidInput, KVCacheWarning
 from kvcache_core.tiercosts import Costs, TierStats
 from kvcache_core.tiers import Item, Tier, open_tier
+from kvcache_core.waiting import within
 
 __all__ = ["OpenTiers", "Wanted", "tier_key"]
 
@@ -183,7 +184,7 @@ class OpenTiers:
             return False  # a tier that takes so long has no time for this
         for tier, stats in zip(self.tiers, self.stats, strict=True):
             try:
-                tier.flush()
+                within(deadline, tier.flush)
             except Exception as error:
                 stats.errors += 1
                 self._warn(f"tier {tier.name} did not flush ({error})", "flush " + tier.name)
@@ -193,7 +194,11 @@ class OpenTiers:
     def close_tiers(self, deadline: float) -> bool:
         """End the writer thread and let go of the tiers; whether nothing was lost."""
         done = self.queue.close(deadline)
-        self._let_go()
+        try:
+            within(max(deadline, time.monotonic() + 0.1), self._let_go)
+        except TimeoutError as error:
+            self._warn(f"tiers did not close ({error})", "close")
+            return False
         return done
 
     def _let_go(self) -> None:

@@ -6,16 +6,20 @@ import contextlib
 import os
 import struct
 import threading
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from kvcache_core import lmdbfile
 from kvcache_core.blockformat import Buffer
-from kvcache_core.errors import InvalidInput, TierError
-from kvcache_core.lmdbfile import SharedFile, lmdb, make_folder
+from kvcache_core.errors import InvalidInput, KVCacheWarning, TierError
+from kvcache_core.lmdbfile import SharedFile, held_by_another, lmdb, make_folder
 from kvcache_core.sizes import parse_memory
 from kvcache_core.tiers import Item, StoredItem, Tier, url_options
+from kvcache_core.waiting import within
 
 __all__ = ["DiskTier", "open_disk_tier"]
 
@@ -75,6 +79,8 @@ class DiskTier(Tier):
         self._lock = threading.Lock()
         self._touched: dict[bytes, int] = {}
         self._toucher: threading.Thread | None = None
+        self._turn = threading.RLock()
+        self._closing = False
         self._leased = threading.local()
         make_folder(self.path, self.name)
         self._env: Any = None
@@ -157,16 +163,36 @@ class DiskTier(Tier):
 
     def flush(self) -> None:
         """Wait for the disk."""
-        with self._writing() as txn:
-            self._write_touches(txn)
-        self._env.sync(True)
+        with self._turn:
+            with self._writing() as txn:
+                self._write_touches(txn)
+            self._env.sync(True)
 
     def close(self) -> None:
-        """Close the file, if nobody else in this process has it open."""
-        if self._env is not None:
-            if self._toucher is not None:
-                self._toucher.join()
-            self._touch()
+        """Close the file, if nobody else in this process has it open.
+
+        While another process holds the file's lock this waits for ten seconds at most, if something was read whose
+        order of use is to be written or a write is under way; a warning says so, and it is closed as soon as it can be.
+        """
+        if self._env is None or self._closing:
+            return
+        self._closing = True
+        try:
+            within(time.monotonic() + lmdbfile.LOCK_SECONDS, self._close)
+        except TimeoutError:
+            warnings.warn(
+                f"tier {self.name!r} was not closed within {lmdbfile.LOCK_SECONDS:g} s, and will be when its lock is "
+                f"free: {held_by_another(self.path)}",
+                KVCacheWarning,
+                stacklevel=2,
+            )
+
+    def _close(self) -> None:
+        with self._turn:  # a thread that waits for the lock uses the file
+            with contextlib.suppress(lmdb.Error):
+                if self._touched:
+                    with self._env.begin(write=True) as txn:
+                        self._write_touches(txn)
             self._env = None
             self._shared.release()
 
@@ -191,11 +217,11 @@ class DiskTier(Tier):
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Any]:
-        with self._opened().begin(write=True) as txn:
+        with self._turn, self._opened().begin(write=True) as txn:
             yield txn
 
     def _opened(self) -> Any:
-        if self._env is None:
+        if self._env is None or self._closing:
             raise TierError(f"tier {self.name!r} is closed")
         return self._env
 
@@ -239,7 +265,7 @@ class DiskTier(Tier):
                 self._toucher = toucher
 
     def _touch(self) -> None:
-        with contextlib.suppress(lmdb.Error), self._writing() as txn:
+        with contextlib.suppress(lmdb.Error, TierError), self._writing() as txn:
             self._write_touches(txn)
 
     def _write_touches(self, txn: Any) -> None:

@@ -25,6 +25,7 @@ from kvcache_core.store import KVStore
 from kvcache_core.tiercosts import Average, TierStats
 from kvcache_core.tiers import Item, Tier
 from kvcache_core.types import Evicted
+from kvcache_core.waiting import within
 
 __all__ = ["TierStack", "TierStats"]
 
@@ -221,9 +222,15 @@ class TierStack(OpenTiers):
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         # What waits may go to a tier that ends with the process: it has to be there before that is copied.
-        if everything and not (self.queue.flush(deadline) and self._spill(deadline)):
+        if everything and not self._flush_pool(deadline):
             return False
         return self.flush_tiers(deadline)
+
+    def _flush_pool(self, deadline: float | None) -> bool:
+        try:
+            return self.queue.flush(deadline) and within(deadline, partial(self._spill, deadline))
+        except TimeoutError:
+            return False
 
     def _spill(self, deadline: float | None) -> bool:
         """Write the pool, and what volatile tiers hold, into the first persistent tier."""

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -289,20 +290,7 @@ def test_a_writer_that_holds_the_lock_holds_up_writers_only(tmp_path):
     cache = Cache(6, [tier], queue_bytes=40 * LAYOUT.packed_bytes(0))
     assert turns(cache, 4) == [0, 0, 20, 20]
     assert cache.answered() == (4, 40)
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import lmdb, sys, time\n"
-            "env = lmdb.open(sys.argv[1], max_dbs=4, map_size=30 << 20)\n"
-            "txn = env.begin(write=True)\nprint('held', flush=True)\ntime.sleep(60)",
-            str(tmp_path),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert holder.stdout is not None
-    holder.stdout.readline()
+    holder = holds_the_lock(tmp_path)
     started = time.monotonic()
     assert verified(tier, 300) == 300, "so many that their order of use is to be written"
     assert verified(tier, 300) == 300
@@ -318,9 +306,7 @@ def test_a_writer_that_holds_the_lock_holds_up_writers_only(tmp_path):
     assert not cache.stack.flush(0.2), "nothing was written meanwhile"
     assert time.monotonic() - started < 1
     assert not tier.contains(tier_key_of(cache, 5))
-    holder.kill()
-    holder.wait()
-    holder.stdout.close()
+    let_go(holder)
     assert cache.stack.flush(10)
     assert tier.contains(tier_key_of(cache, 5))
     assert turns(cache, 4, first=5) == [20] * 4
@@ -329,6 +315,103 @@ def test_a_writer_that_holds_the_lock_holds_up_writers_only(tmp_path):
     assert tier.get_many([key(2)]) == [value(2)]
     assert cache.stack.close()
     tier.close()
+
+
+def holds_the_lock(path: Path) -> subprocess.Popen[str]:
+    """A process that has the file open and its lock; it makes the file if there is none."""
+    code = (
+        "import lmdb, sys, time\n"
+        "env = lmdb.open(sys.argv[1], max_dbs=4, map_size=30 << 20)\n"
+        "txn = env.begin(write=True)\nprint('held', flush=True)\ntime.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    return holder
+
+
+def let_go(holder: subprocess.Popen[str]) -> None:
+    holder.kill()
+    holder.wait()
+    assert holder.stdout is not None
+    holder.stdout.close()
+
+
+def waiting_threads() -> list[str]:
+    """Threads of tiers, after a moment in which they may end."""
+    deadline = time.monotonic() + 5
+    while found := [one.name for one in threading.enumerate() if one.name.startswith("kvcache-")]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return found
+
+
+def test_opening_waits_for_the_lock_and_not_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("kvcache_core.lmdbfile.LOCK_SECONDS", 0.3)
+    tier = DiskTier(tmp_path / "old", 8 * MIB)
+    tier.put_many([(key(1), value(1))])
+    tier.close()
+    (tmp_path / "new").mkdir()
+    holders = [holds_the_lock(tmp_path / name) for name in ("old", "new")]
+    for name in ("old", "new", "old"):
+        with pytest.raises(TierError, match=r"was not opened within 0.3 s.*fuser .*lock.mdb"):
+            DiskTier(tmp_path / name, 8 * MIB)
+    for holder in holders:
+        let_go(holder)
+    assert waiting_threads() == []
+    tier = DiskTier(tmp_path / "old", 8 * MIB)
+    assert tier.get_many([key(1)]) == [value(1)]
+    tier.close()
+    tier = DiskTier(tmp_path / "new", 8 * MIB)
+    tier.put_many([(key(2), value(2))])
+    assert tier.get_many([key(2)]) == [value(2)]
+    tier.close()
+
+
+def test_closing_keeps_its_time_limit_while_another_holds_the_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr("kvcache_core.lmdbfile.LOCK_SECONDS", 0.3)
+    tier = DiskTier(tmp_path, 8 * MIB)
+    tier.put_many([(key(1), value(1)), (key(2), value(2))])
+    holder = holds_the_lock(tmp_path)
+    tier.get_many([key(1)])
+    started = time.monotonic()
+    with pytest.warns(KVCacheWarning, match=r"was not closed within 0.3 s.*fuser"):
+        tier.close()
+    tier.close()
+    assert time.monotonic() - started < 2
+    with pytest.raises(TierError, match="is closed"):
+        tier.get_many([key(1)])
+    let_go(holder)
+    assert waiting_threads() == []
+    tier = DiskTier(tmp_path, 8 * MIB)
+    assert [one.key for one in tier.items()] == [key(2), key(1)], "the order of use was written"
+    tier.close()
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["blocks to write", "an order of use to write too"])
+def test_a_cache_closes_within_its_time_limit_while_another_holds_the_lock(tmp_path, read):
+    url = f"disk:{tmp_path}?max=8MiB"
+    cache = Cache(6, [url])
+    assert turns(cache, 4) == [0, 0, 20, 20]
+    assert cache.answered() == (4, 40)
+    assert cache.stack.flush(5)
+    holder = holds_the_lock(tmp_path)
+    if read:
+        cache.run(prompt(0))
+    assert cache.run(prompt(5)) == 0
+    started = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KVCacheWarning)
+        assert not cache.stack.flush(0.3, everything=True)
+        assert not cache.stack.close(0.5), "what the pool held was not written, and it says so"
+    assert time.monotonic() - started < 3
+    let_go(holder)
+    assert waiting_threads() == []
+    cache = Cache(6, [url])
+    assert turns(cache, 4) == [20] * 4
+    assert cache.answered() == (4, 80)
+    assert cache.stack.close()
 
 
 def tier_key_of(cache: Cache, seed: int) -> bytes:
