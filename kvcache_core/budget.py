@@ -26,7 +26,8 @@ class Budget:
     next victim was used is older content, and goes first. Memory moves in parts, and one more part of such content
     stays behind. So between two moves in opposite directions at least a part was filled, and what is given up is the
     least recently used content of both kinds but for two parts. Where evicting its own would not be enough, a kind
-    takes what it needs. Nothing moves while a step or a reader of the arrays is under way: then a kind evicts its own.
+    takes what it needs. Nothing moves while a step or a reader of the arrays is under way: then a kind evicts its own;
+    what activations lacked is looked at again before the next step.
 
     Invariants (:meth:`check_valid` asserts them):
         - the bytes of the arrays and the limit of the activations are ``memory`` together.
@@ -42,6 +43,7 @@ class Budget:
     def __init__(self, memory: int, entries: EntryCache, core: BlockCache, store: KVStore) -> None:
         self.memory = memory
         self.moves = 0
+        self._owed = 0
         self._entries = entries
         self._core = core
         self._store = store
@@ -53,12 +55,6 @@ class Budget:
     def more_blocks(self) -> int:
         """Blocks that the activations could give up at most."""
         return int(self._entries.memory or 0) // self._layout.bytes_per_block
-
-    @property
-    def more_bytes(self) -> int:
-        """Bytes that K and V could give up at most, now."""
-        still = self._core.is_still(growing=False)
-        return self._blocks_before(self._now) * self._layout.bytes_per_block if still else 0
 
     # ---- one kind is short of room -------------------------------------------------------------
 
@@ -84,6 +80,21 @@ class Budget:
             before = bisect_left(range(before), True, key=enough)
         self._move(self._parts(short, beyond, given(before), self.more_blocks))
 
+    def could_hold(self, size: int, rest: int) -> bool:
+        """Whether an entry of ``size`` bytes can have room now; ``rest`` bytes come behind it."""
+        most = int(self._entries.memory or 0)
+        if self._core.is_still(growing=False):
+            most += self._less_blocks * self._layout.bytes_per_block
+        else:
+            self._owed = max(self._owed, size + rest)
+        return size <= most
+
+    def settle(self) -> None:
+        """Entries found no room while the arrays were in use: see whether they should have more now."""
+        if self._owed and self._core.is_still(growing=False):
+            owed, self._owed = self._owed, 0
+            self.bytes_short(0, owed)
+
     def bytes_short(self, size: int, rest: int) -> None:
         """An entry of ``size`` bytes does not fit unless the oldest one goes; others, of ``rest`` bytes, follow."""
         entries, room = self._entries, int(self._entries.memory or 0)
@@ -91,8 +102,8 @@ class Budget:
             return
         before = self._now if entries.oldest is None else entries.oldest
         short, beyond = entries.bytes + size + rest - room, size - room if not entries.bytes else 0
-        given, most = self._whole_parts(self._blocks_before(before)), self._blocks_before(self._now)
-        self._move(-self._parts(self._blocks_for(short), self._blocks_for(beyond), given, most))
+        given = self._whole_parts(self._blocks_before(before))
+        self._move(-self._parts(self._blocks_for(short), self._blocks_for(beyond), given, self._less_blocks))
 
     def _whole_parts(self, spare: int) -> int:
         """How many of ``spare`` blocks, free or older, a kind gives: whole parts, and one more stays behind."""
@@ -165,10 +176,15 @@ class Budget:
     def _part(self) -> int:
         return _part_of(self.memory // self._layout.bytes_per_block - 1)
 
+    @property
+    def _less_blocks(self) -> int:
+        """Blocks that K and V could give up at most; one always stays."""
+        return min(self._core.num_blocks - 1, *(group.pool.num_available for group in self._core.groups))
+
     def _blocks_before(self, time: int) -> int:
-        """Blocks that are free or were used last before ``time``, in each layer group; one block always stays."""
-        spare = min(group.pool.num_free + len(group.pool.lru.before(time)) for group in self._core.groups)
-        return min(spare, self._core.num_blocks - 1)
+        """Those of them that are free or were used last before ``time``, in each layer group."""
+        spare = (group.pool.num_free + len(group.pool.lru.before(time)) for group in self._core.groups)
+        return min(self._core.num_blocks - 1, *spare)
 
     def _entries_before(self, time: int) -> int:
         """Blocks that fit where no entry is, or one that was used last before ``time``."""

@@ -102,6 +102,7 @@ class BlockCache(PlannedSteps):
         finally:
             with self._lock:
                 self._readers.remove(me)
+                self._settle()
 
     def is_still(self, *, growing: bool) -> bool:
         """Whether nobody reads or writes the arrays now, so that the capacity may change.

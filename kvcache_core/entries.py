@@ -243,7 +243,7 @@ class EntryCache:
         if self.memory is None:
             return True
         limit = self.limit() if self.bytes + size > self.memory else None
-        if size > self.memory + (0 if limit is None else limit.more_bytes):
+        if not (size <= self.memory if limit is None else limit.could_hold(size, rest)):
             return False
         while self.bytes + size > self.memory:
             if limit is not None:

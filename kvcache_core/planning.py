@@ -67,6 +67,7 @@ class PlannedSteps(OpenSequences):
             used = len(seqs[0].tables)
             if any(len(seq.tables) != used for seq in seqs):
                 raise InvalidInput("a step cannot mix sequences opened with outputs and without")
+            self._settle()
             pairs = list(zip(seqs, tokens, strict=True))
             try:
                 rows = self._room.reserve(pairs)
@@ -191,6 +192,12 @@ class PlannedSteps(OpenSequences):
             self.commit(self.plan(seqs, [[token] for token in ids]))
             return
         self._moves.append_all(seqs, ids)
+
+    def _settle(self) -> None:
+        """Between two steps, who shares the limit may move memory."""
+        limit = self._room.limit()
+        if limit is not None:
+            limit.settle()
 
     def _finish(self, plan: StepPlan, verb: str) -> _Sequence[Reservation]:
         if plan.finished:

@@ -34,9 +34,11 @@ class SharedLimit(Protocol):
     def more_blocks(self) -> int:
         """Blocks that the other kind could give up at most."""
 
-    @property
-    def more_bytes(self) -> int:
-        """Bytes that K and V could give up at most, now."""
+    def could_hold(self, size: int, rest: int) -> bool:
+        """Whether an entry of ``size`` bytes can have room now, whatever goes for it; ``rest`` bytes come behind it."""
+
+    def settle(self) -> None:
+        """A step begins, or nobody reads any more: what could not move before may move now."""
 
     def blocks_short(self, least: Sequence[int], wanted: Sequence[int]) -> None:
         """A step takes ``least`` blocks of each layer group, better ``wanted``: see whether there should be more."""

@@ -164,6 +164,16 @@ def test_a_step_that_needs_it_takes_newer_entries_too(both):
     seq.close()
 
 
+def test_a_large_step_evicts_its_own_before_newer_entries(both):
+    both.use(*range(12))
+    both.open(1, 22).close()
+    both.use(*range(12, 42))
+    both.open(2, 20).close()
+    assert both.entries.evicted_entries > 0, "the old ones"
+    assert all(str(number).encode() in both.entries for number in range(12, 42))
+    assert both.core.cached_length([200 + at for at in range(80)] + [7]) == 80
+
+
 def test_too_much_is_cache_full_and_no_entry_goes(both):
     both.use(*range(40))
     with pytest.raises(CacheFull):
@@ -202,6 +212,18 @@ def test_nothing_moves_during_a_step(both):
     seq.close()
 
 
+def test_entries_that_come_during_steps_have_room_from_the_next_step_on(both):
+    both.open(1, 60).close()
+    seq = both.core.open([1, 2, 3])
+    for token in (1, 2, 3):
+        plan = both.core.plan([seq], [[token]])
+        both.use(*range(6))
+        both.core.commit(plan)
+    assert both.budget.moves == 1
+    assert len(both.entries) == 6
+    seq.close()
+
+
 def test_nothing_moves_while_another_thread_reads(both):
     both.open(1, 60).close()
     moves = []
@@ -220,6 +242,7 @@ def test_nothing_moves_while_another_thread_reads(both):
         use()
     in_thread()
     assert moves == [0, 0, 1]
+    assert b"1" in both.entries
 
 
 def test_a_reader_may_make_the_pool_larger_itself(both):

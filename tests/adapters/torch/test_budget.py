@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -41,14 +44,14 @@ def samples(seed: int, count: int = 4):
 class Both:
     """An encoder and a decoder over one cache of ``blocks`` blocks."""
 
-    def __init__(self, blocks: int = 64, *, outputs: str = "last") -> None:
+    def __init__(self, blocks: int = 64, *, outputs: str = "last", **options) -> None:
         self.encoder, self.decoder = Encoder().eval(), Small()
         probe = KVCache(4, block_size=SIZE)
         probe.attach(self.decoder, outputs=outputs)
         self.block = probe.core.layout.bytes_per_block
         probe.detach()
         self.memory = (blocks + 1) * self.block
-        self.cache = KVCache(memory=self.memory, block_size=SIZE)
+        self.cache = KVCache(memory=self.memory, block_size=SIZE, **options)
         self.cache.attach(self.decoder, kind="tokens", outputs=outputs)
         self.cache.attach(self.encoder, kind="activation")
 
@@ -263,3 +266,47 @@ def test_any_order_of_uses(uses):
                 with both.cache:
                     close(both.decoder(x), plain)
             both.check()
+
+
+def test_threads_that_use_both_kinds_at_once():
+    both = Both(blocks=40)
+    prompts = [[prompt(10 * turn + row, 25) for row in range(2)] for turn in range(12)]
+    plain = [generate(both.decoder, rows, max_new_tokens=4) for rows in prompts]
+    with torch.inference_mode():
+        encoded = [both.encoder(samples(seed, 6)) for seed in range(40)]
+    start = threading.Barrier(3)
+
+    def encode(first):
+        start.wait()
+        for seed in range(first, 40):
+            with torch.inference_mode(), both.cache:
+                close(both.encoder(samples(seed, 6)), encoded[seed])
+            assert both.cache.stats().bytes <= both.memory
+
+    def decode():
+        start.wait()
+        for rows, expected in zip(prompts, plain, strict=True):
+            assert generate(both.decoder, rows, max_new_tokens=4, cache=both.cache) == expected
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(encode, 0), pool.submit(encode, 20), pool.submit(decode)]:
+            done.result()
+    both.check()
+    stats = both.cache.stats()
+    assert stats.memory_moves > 0, "between two steps, though an entry hardly ever comes then"
+    assert stats.live_blocks == 0
+
+
+def test_what_a_move_gives_up_goes_down_a_tier_and_comes_back():
+    both = Both(tiers=["ram:10MB"], promote="always")
+    both.generate([prompt(0, 100)])
+    both.encode(samples(0, 60))
+    assert both.cache.stats().evicted_blocks > 0
+    both.generate([prompt(0, 100)])
+    stats = both.cache.stats()
+    assert stats.promoted_blocks > 0
+    assert stats.evicted_entries > 0
+    assert both.cache.flush(10)
+    computed = both.encoder.rows
+    both.encode(samples(0, 60)[:20])
+    assert both.encoder.rows == computed
