@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvcache_torch import KVCache, generate, native
-from tests.adapters.torch.models import Small, prompt
+from tests.adapters.torch.hf_models import VOCAB, decoder
+from tests.adapters.torch.models import Small, close, prompt
 
 
 @pytest.fixture
@@ -23,6 +24,15 @@ def compiled(monkeypatch):
         pytest.skip("needs a C compiler")
     monkeypatch.setattr(native, "_active", [found])
     return found
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """One entry per call of the kernel."""
+    calls = []
+    attend = native.PrefillReads.attend
+    monkeypatch.setattr(native.PrefillReads, "attend", lambda *args: calls.append(1) or attend(*args))
+    return calls
 
 
 @pytest.fixture
@@ -128,15 +138,30 @@ def test_what_the_kernel_is_not_for(compiled):
     assert not native.PrefillReads.serve(good[0].transpose(2, 3), *good[1:])
 
 
-def test_a_model_runs_on_it(compiled, monkeypatch):
+def test_a_model_runs_on_it(compiled, kernel_calls):
     """Prompts of several lengths behind a shared head, one layer with a window, from a cache through the kernel."""
-    calls = []
-    attend = native.PrefillReads.attend
-    monkeypatch.setattr(native.PrefillReads, "attend", lambda *args: calls.append(1) or attend(*args))
     model = Small()
     prompts = [prompt(0, 30) + prompt(seed, 3 + 5 * seed) for seed in range(1, 5)]
     plain = generate(model, prompts, max_new_tokens=6)
     cache = KVCache(128, block_size=4)
     cache.attach(model, outputs="last")
     assert generate(model, prompts, max_new_tokens=6, cache=cache) == plain
-    assert calls
+    assert kernel_calls
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma 3"])
+def test_transformers_models_run_on_it(compiled, kernel_calls, family):
+    """Prompts behind a shared head; all layers or some have windows in Mistral and Gemma 3."""
+    model = decoder(family)
+    shared = torch.randint(1, VOCAB, (30,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = [shared + [1 + (seed * at) % 90 for at in range(3 + 5 * seed)] for seed in range(1, 4)]
+    with torch.no_grad():
+        plain = [model(torch.tensor([row])).logits[0, -1] for row in prompts]
+    cache = KVCache(128, block_size=4)
+    cache.attach(model)
+    with torch.no_grad(), cache:
+        found = [model(torch.tensor([row])).logits[0, -1] for row in prompts]
+    for one, right in zip(found, plain, strict=True):
+        close(one, right)
+    assert cache.stats().hit_tokens
+    assert kernel_calls
