@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import transformers
 
 from kvcache_core.errors import CacheFull, InvalidInput, KVCacheWarning, StaleSequence, UsageError
-from kvcache_torch import KVCache, generate, hf_linear, linear
+from kvcache_torch import KVCache, generate, hf_linear, linear, native
 from kvcache_torch.hf import HFCache
 from tests.adapters.torch.hf_models import VOCAB, decoder, encoder_decoder
 
@@ -464,3 +465,32 @@ def test_only_plain_linear_layers_of_this_thread_take_the_fast_way(monkeypatch: 
         assert torch.allclose(one, other, atol=1e-6)
     assert vars(replaced)["forward"] is hooked
     assert not any("forward" in vars(layer) for layer in (plain, derived, normed))
+
+
+# ---- kernels in C -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_prompts_and_decode_steps_reach_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After ``cache.compile()``, through the registered attention function: every layer of every step, windows too."""
+    found = native.load()
+    if found is None:
+        pytest.skip("needs a C compiler")
+    monkeypatch.setattr(native, "_active", [found])
+    calls: Counter[str] = Counter()
+
+    def counted(kind: type[Any]) -> None:
+        attend = kind.attend
+        monkeypatch.setattr(kind, "attend", lambda *args: calls.update([kind.__name__]) or attend(*args))
+
+    counted(native.PrefillReads)
+    counted(native.DecodeReads)
+    model = decoder(name)
+    ids = torch.randint(1, VOCAB, (2, 30), generator=torch.Generator().manual_seed(0))
+    ids[1, :8] = ids[0, :8]
+    plain = model.generate(ids, **GREEDY)
+    assert not calls
+    cache = KVCache(size=64, block_size=4)
+    cache.attach(model, outputs="last")
+    assert torch.equal(model.generate(ids, **GREEDY, past_key_values=HFCache(cache)), plain)
+    assert calls == {"PrefillReads": 2, "DecodeReads": 2 * 4}
