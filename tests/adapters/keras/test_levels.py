@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from itertools import combinations_with_replacement
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache_core.frontend import FrontendCache
-from kvcache_keras import KVCache, packing
+from kvcache_keras import KVCache, generate, packing
 from kvcache_keras.levels import LEVELS, cut, pack_levels
-from tests.adapters.keras.models import KerasBackend
+from tests.adapters.keras.models import VOCAB, KerasBackend, Small
 from tests.reference_decoder import DecoderConfig, Driver, Script, decoder_configs, make_weights
 
 HEADS = (4, 8, 16, 64)
@@ -175,3 +176,29 @@ def test_a_copy_of_what_is_shared_fits_where_a_copy_of_the_rows_would_not(monkey
     assert chosen.shape == (3, 4)
     assert cache.runner.traces == {"prefill": 1, "loop, 1 shared": 1}
     cache.core.check_valid()
+
+
+def test_beams_read_their_common_past_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beams fork, drop out and fork again; they end where beams that compute everything anew end."""
+    monkeypatch.setattr(packing, "WORTH", 1)
+    keras.utils.set_random_seed(5)
+    model = Small(window=None)
+    cache = KVCache(400, block_size=4)
+    cache.attach(model, outputs="last")
+
+    @settings(max_examples=5)
+    @given(
+        st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=4, max_size=40), min_size=1, max_size=2),
+        st.integers(2, 5),
+        st.integers(4, 8),
+        st.sampled_from([None, 3]),
+    )
+    def check(prompts: list[list[int]], beams: int, new: int, eos: int | None) -> None:
+        options = {"max_new_tokens": new, "num_beams": beams, "n": beams, "eos_id": eos}
+        assert generate(model, prompts, cache=cache, **options) == generate(model, prompts, **options)
+        cache.core.check_valid()
+
+    check()
+    traces = cache.runner.traces
+    assert set(traces.values()) == {1}
+    assert any(name.startswith("decode, ") for name in traces), traces
