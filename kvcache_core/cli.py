@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from kvcache_core.blockformat import Header, check_value, read_header, secret_from_environment
-from kvcache_core.errors import BlockRefused, InvalidInput, KVCacheError
+from kvcache_core.errors import BlockRefused, InvalidInput, KVCacheError, PartlyFailed
 from kvcache_core.layout import BlockLayout, LayerSpec
 from kvcache_core.simulate import read_trace
 from kvcache_core.simulate import simulate as run_simulation
@@ -75,16 +75,19 @@ def inspect(
     except KVCacheError as error:
         console.print(f"[red]{error}[/red]", soft_wrap=True)
         raise typer.Exit(2) from None
+    failures: list[str] = []
     try:
-        damaged = _show(opened, verify=verify)
+        damaged = _show(opened, failures, verify=verify)
         if prune:
-            console.print(f"deleted {_prune(opened, chosen, size):,} blocks")
+            console.print(f"deleted {_prune(opened, chosen, size, failures):,} blocks")
     except (KVCacheError, NotImplementedError) as error:
         console.print(f"[red]{error}[/red]", soft_wrap=True)
         raise typer.Exit(2) from None
     finally:
         opened.close()
-    if damaged:
+    for failure in dict.fromkeys(failures):
+        console.print(f"[red]{failure}[/red]", soft_wrap=True)
+    if damaged or failures:
         raise typer.Exit(1)
 
 
@@ -149,11 +152,11 @@ def main() -> None:
     app()
 
 
-def _show(tier: Tier, *, verify: bool) -> int:
+def _show(tier: Tier, failures: list[str], *, verify: bool) -> int:
     """Print a table of the models in a tier; returns how many values are damaged."""
     models: dict[tuple[str, str], _Model] = {}
     secret = secret_from_environment()
-    for item, header in _scan(tier, "reading" if verify else "listing"):
+    for item, header in _scan(tier, "reading" if verify else "listing", failures):
         kind = "" if header is None else header.kind
         row = models.setdefault((_UNKNOWN if header is None else header.weights.hex(), kind), _Model())
         row.add(item, header)
@@ -174,20 +177,27 @@ def _show(tier: Tier, *, verify: bool) -> int:
     return sum(row.damaged for row in models.values())
 
 
-def _scan(tier: Tier, what: str) -> Iterator[tuple[StoredItem, Header | None]]:
-    """Every value with its header, or None where there is none; with a progress bar."""
-    for item in track(list(tier.items(_HEAD_BYTES)), what, console=console, transient=True):
+def _scan(tier: Tier, what: str, failures: list[str]) -> Iterator[tuple[StoredItem, Header | None]]:
+    """Every value with its header, or None where there is none; with a progress bar. What kept it from listing the
+    whole tier goes to ``failures``.
+    """
+    items: list[StoredItem] = []
+    try:
+        items.extend(tier.items(_HEAD_BYTES))
+    except PartlyFailed as error:
+        failures.append(str(error))
+    for item in track(items, what, console=console, transient=True):
         try:
             yield item, read_header(item.head)
         except BlockRefused:
             yield item, None
 
 
-def _prune(tier: Tier, chosen: Callable[[Header | None], bool] | None, size: int | None) -> int:
+def _prune(tier: Tier, chosen: Callable[[Header | None], bool] | None, size: int | None, failures: list[str]) -> int:
     """Delete what was chosen, then the oldest until the rest is no larger than ``size``."""
     gone: list[bytes] = []
     kept: list[tuple[int, bytes, int]] = []
-    for item, header in _scan(tier, "choosing"):
+    for item, header in _scan(tier, "choosing", failures):
         if chosen is not None and chosen(header):
             gone.append(item.key)
         else:

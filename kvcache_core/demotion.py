@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvcache_core.blockformat import Buffer
+from kvcache_core.errors import PartlyFailed
 from kvcache_core.tiers import Item, Tier
 
 __all__ = ["DemotionQueue", "Pending"]
@@ -178,6 +179,11 @@ class DemotionQueue:
             return items
         try:
             dropped = self._tiers[number].put_many(items)
+        except PartlyFailed as error:
+            left = [item for item in items if item[0] in error.keys]
+            self._wrote(number, [item for item in items if item[0] not in error.keys], None)
+            self._wrote(number, left, error)
+            return left
         except Exception as error:
             self._wrote(number, items, error)
             return items

@@ -5,6 +5,8 @@ A message says the rule, what was needed, what is there and what to do next.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 __all__ = [
     "BlockError",
     "BlockRefused",
@@ -13,6 +15,7 @@ __all__ = [
     "InvalidType",
     "KVCacheError",
     "KVCacheWarning",
+    "PartlyFailed",
     "SequenceClosed",
     "StaleSequence",
     "StepError",
@@ -67,6 +70,18 @@ class BlockRefused(KVCacheError, ValueError):
 
 class TierError(KVCacheError, RuntimeError):
     """A tier cannot be set up, or did not answer. Later than at construction it is counted as a miss."""
+
+
+class PartlyFailed(TierError):
+    """A tier did a part of what it was asked for.
+
+    Attributes:
+        keys: of the values that it did not store; empty where it was asked what lies there, and listed a part.
+    """
+
+    def __init__(self, message: str, keys: Iterable[bytes] = ()) -> None:
+        super().__init__(message)
+        self.keys = frozenset(keys)
 
 
 class SequenceClosed(KVCacheError, RuntimeError):

@@ -6,17 +6,17 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from kvcache_core.blockformat import Buffer
-from kvcache_core.errors import InvalidInput, TierError
+from kvcache_core.errors import InvalidInput, PartlyFailed, TierError
 from kvcache_core.sizes import parse_memory
 from kvcache_core.splitting import MANIFEST_BYTES, in_parts, is_split, part_name, read_manifest
 from kvcache_core.tiers import Item, StoredItem, Tier, url_options
-from kvcache_core.valkeynodes import Breaker, ClusterNodes
+from kvcache_core.valkeynodes import Breaker, ClusterNodes, remedy
 
 try:
     import valkey
@@ -133,10 +133,11 @@ class ValkeyTier(Tier):
                 self._client = valkey.Valkey(
                     host=host, port=port, db=database, max_connections=64, retry=retry, **common
                 )
-            if self._client.ping() is not True:
+            # A cluster has answered already; its client would ask every node, and one of them may be gone.
+            if not cluster and self._client.ping() is not True:
                 raise TierError("it does not answer PING")
         except Exception as error:
-            raise TierError(f"tier {self.name!r} cannot be used: {_remedy(error)}") from error
+            raise TierError(f"tier {self.name!r} cannot be used: {remedy(error)}") from error
 
     def get_many(self, keys: Sequence[bytes]) -> list[Buffer | None]:
         """The value of each key, or None: one MGET, and one more if values lie there in parts.
@@ -154,15 +155,22 @@ class ValkeyTier(Tier):
         """Store values in one pipeline, each with its time to live.
 
         Raises:
-            TierError: the server refused some of them, for example because it is out of memory, or a node of the
+            PartlyFailed: the server refused some of them, for example because it is out of memory, or a node of the
                 cluster does not answer; the others are stored.
+            TierError: nothing was stored.
         """
-        commands = [command for key, value in items for command in in_parts(_PREFIX + key, value, self._split)]
-        replies = self._write([("SET", name, _sendable(value), "EX", self._ttl) for name, value in commands])
-        refused = [reply for reply in replies if isinstance(reply, Exception)]
+        owners: list[bytes] = []
+        commands: list[tuple[Any, ...]] = []
+        for key, value in items:
+            for name, part in in_parts(_PREFIX + key, value, self._split):
+                owners.append(key)
+                commands.append(("SET", name, _sendable(part), "EX", self._ttl))
+        replies = self._write(commands)
+        refused = {key: reply for key, reply in zip(owners, replies, strict=True) if isinstance(reply, Exception)}
+        self._remember({key: key not in refused for key, _ in items})
         if refused:
-            raise TierError(f"the server refused {len(refused)} of {len(replies)} values: {refused[0]}")
-        self._remember(dict.fromkeys((key for key, _ in items), True))
+            why = next(iter(refused.values()))
+            raise PartlyFailed(f"{len(refused)} of {len(items)} values were refused: {why}", refused)
         return []
 
     def contains(self, key: bytes) -> bool:
@@ -177,17 +185,35 @@ class ValkeyTier(Tier):
         return sum(self._call(self._client.delete, _PREFIX + key) for key in keys)
 
     def items(self, head_bytes: int = 0) -> Iterator[StoredItem]:
-        """What lies under this library's prefix."""
-        names = self._call(self._client.scan_iter, _PREFIX + b"*", 500)
+        """What lies under this library's prefix.
+
+        Raises:
+            PartlyFailed: at the end, when nodes of the cluster do not answer: what lies on them was left out.
+        """
+        if self._nodes is None:
+            yield from self._listed(self._client, self._call, head_bytes)
+            return
+        gone = []
+        for name, client in self._nodes.primaries():
+            try:
+                yield from self._listed(client, lambda run, *arguments: run(*arguments), head_bytes)
+            except (TierError, valkey.exceptions.ValkeyError) as error:
+                gone.append(f"node {name} of the cluster does not answer ({error}): what lies on it is not listed")
+        if gone:
+            raise PartlyFailed("; ".join(gone))
+
+    def _listed(self, client: Any, call: Callable[..., Any], head_bytes: int) -> Iterator[StoredItem]:
+        """What lies on one server."""
+        names = call(client.scan_iter, _PREFIX + b"*", 500)
         while batch := list(islice(names, 200)):
-            pipe = self._client.pipeline() if self._nodes else self._client.pipeline(transaction=False)
+            pipe = client.pipeline(transaction=False)
             for name in batch:
                 pipe.strlen(name)
                 pipe.getrange(name, 0, max(head_bytes, MANIFEST_BYTES) - 1)
-            replies = self._call(pipe.execute)
+            replies = call(pipe.execute)
             for name, size, head in zip(batch, replies[::2], replies[1::2], strict=True):
                 key = name[len(_PREFIX) :]
-                if is_split(head):
+                if is_split(head):  # its parts may lie on other nodes
                     first = self._call(self._client.getrange, part_name(name, 0), 0, max(0, head_bytes - 1))
                     yield StoredItem(key, read_manifest(head)[1], first[:head_bytes])
                 else:
@@ -263,17 +289,3 @@ def _shown(url: str) -> str:
     """The URL without its password."""
     password = urlsplit(url).password
     return url.replace(f":{password}@", ":***@") if password else url
-
-
-def _remedy(error: Exception) -> str:
-    """What went wrong at the first contact, and what to do."""
-    text = f"{type(error).__name__}: {error}"
-    if isinstance(error, valkey.AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
-        return f"wrong or missing password ({text}); put it into the URL or into KVCACHE_VALKEY_PASSWORD"
-    if isinstance(error, valkey.TimeoutError):
-        return f"no answer ({text}); check host and port, and whether it wants TLS (valkeys://)"
-    if "SSL" in text or "CERTIFICATE" in text:
-        return f"TLS failed ({text}); use valkey:// for a server without TLS, or name its certificate with ?ca=FILE"
-    if isinstance(error, (valkey.exceptions.InvalidResponse, valkey.ResponseError, TierError)):
-        return f"it is no Valkey or Redis server, or refuses to serve ({text})"
-    return f"no connection ({text}); check host and port, and whether it wants TLS (valkeys://)"

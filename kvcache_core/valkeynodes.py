@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise ImportError('a valkey tier needs the client: pip install "kvcache-core[network]"') from error
 
-__all__ = ["Breaker", "ClusterNodes"]
+__all__ = ["Breaker", "ClusterNodes", "remedy"]
 
 _T = TypeVar("_T")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
@@ -102,6 +102,10 @@ class ClusterNodes:
             raise TierError(f"no node took any of {len(replies)} commands: {errors[0]}")
         return replies
 
+    def primaries(self) -> list[tuple[str, Any]]:
+        """Name and client of each node that serves keys."""
+        return [(node.name, self._client.get_valkey_connection(node)) for node in self._client.get_primaries()]
+
     def close(self) -> None:
         """End the threads."""
         self._threads.shutdown()
@@ -158,3 +162,17 @@ class ClusterNodes:
                 KVCacheWarning,
                 stacklevel=2,
             )
+
+
+def remedy(error: Exception) -> str:
+    """What went wrong at the first contact, and what to do."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, valkey.AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
+        return f"wrong or missing password ({text}); put it into the URL or into KVCACHE_VALKEY_PASSWORD"
+    if isinstance(error, valkey.TimeoutError):
+        return f"no answer ({text}); check host and port, and whether it wants TLS (valkeys://)"
+    if "SSL" in text or "CERTIFICATE" in text:
+        return f"TLS failed ({text}); use valkey:// for a server without TLS, or name its certificate with ?ca=FILE"
+    if isinstance(error, (valkey.exceptions.InvalidResponse, valkey.ResponseError, TierError)):
+        return f"it is no Valkey or Redis server, or refuses to serve ({text})"
+    return f"no connection ({text}); check host and port, and whether it wants TLS (valkeys://)"

@@ -20,6 +20,7 @@ from kvcache_core import InvalidInput, KVCacheWarning
 from kvcache_core.errors import TierError
 from kvcache_core.tier_valkey import ValkeyTier
 from kvcache_core.tiers import RamTier, open_tier
+from tests.tiers.test_cli import run
 from tests.tiers.test_tiering import Cache, prompt, turns
 from tests.tiers.tlsproxy import OPENSSL, TlsProxy, make_certificate
 
@@ -152,11 +153,22 @@ def test_a_node_of_a_cluster_fails(fault, gone):
             assert served()
         assert time.monotonic() - started < 2, "it costs a timeout, not one for each key"
 
-        misses, hits = stats.misses, stats.hits
+        misses, hits, before, stored = stats.misses, stats.hits, stats.lost, stats.stored
+        cache.answered()
         turns(cache)  # every slot checked
+        assert cache.answered()[0] == 6
         assert stats.misses - misses >= len(lost)
         assert stats.hits - hits >= len(kept)
-        assert stats.lost > 0
+        assert stats.lost > before
+
+        items = [(key, b"anew") for key in [*lost, *kept]]
+        before, stored = stats.lost, stats.stored
+        cache.stack._rewrite.update(key for key, _ in items)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", KVCacheWarning)
+            cache.stack.queue.write(items)
+        assert (stats.lost - before, stats.stored - stored) == (len(lost), len(kept)), "the dead node's keys alone"
+        assert tier.get_many(kept) == [b"anew"] * len(kept)
 
         for client in clients:  # the cluster itself takes note, and goes on without the node
             client.config_set("cluster-node-timeout", 500)
@@ -165,6 +177,11 @@ def test_a_node_of_a_cluster_fails(fault, gone):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert served()
+        alive = next(server for at, server in enumerate(servers) if at != gone)
+        code, text = run("inspect", url(alive, "&cluster=on"), "--verify")
+        assert code == 1
+        assert f"node {name} of the cluster does not answer" in text
+        assert f"│ {len(kept)} " in next(line for line in text.splitlines() if "not of this library" in line)
         for client in clients:
             client.close()
         cache.stack.close()
