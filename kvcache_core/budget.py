@@ -119,7 +119,7 @@ class Budget:
             most: blocks that it could give.
         """
         part = self._part
-        found = min(-(-short // part) * part, given)
+        found = min(max(0, -(-short // part)) * part, given)
         if found < beyond:
             found = min(-(-beyond // part) * part, most) if beyond <= most else 0
         return found

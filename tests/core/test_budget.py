@@ -224,6 +224,19 @@ def test_entries_that_come_during_steps_have_room_from_the_next_step_on(both):
     seq.close()
 
 
+def test_what_entries_lacked_is_forgotten_once_there_is_room(both):
+    both.use(*range(30))
+    seq = both.core.open([1, 2])
+    plan = both.core.plan([seq], [[1]])
+    both.use(50, 51, 52, 53)
+    both.core.commit(plan)
+    both.entries.clear()
+    moves, blocks = both.budget.moves, both.core.num_blocks
+    both.core.commit(both.core.plan([seq], [[2]]))
+    assert (both.budget.moves, both.core.num_blocks) == (moves, blocks)
+    seq.close()
+
+
 def test_nothing_moves_while_another_thread_reads(both):
     both.open(1, 60).close()
     moves = []
