@@ -6,7 +6,9 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
+from urllib.parse import unquote
 
 from kvcache_core.blockformat import Header, check_value, read_header, secret_from_environment
 from kvcache_core.errors import BlockRefused, InvalidInput, KVCacheError, PartlyFailed
@@ -71,6 +73,7 @@ def inspect(
         size = parse_memory(down_to) if down_to else None
         if prune and not (older_than or model or down_to):
             raise InvalidInput("--prune needs to know what: --older-than, --model or --down-to")
+        _check_is_there(tier)
         opened = open_tier(tier)
     except KVCacheError as error:
         console.print(f"[red]{error}[/red]", soft_wrap=True)
@@ -210,6 +213,13 @@ def _prune(tier: Tier, chosen: Callable[[Header | None], bool] | None, size: int
         left -= nbytes
     batches = [gone[at : at + 256] for at in range(0, len(gone), 256)]
     return sum(tier.delete_many(batch) for batch in track(batches, "deleting", console=console, transient=True))
+
+
+def _check_is_there(tier: str) -> None:
+    """Opening a disk tier makes it, which nobody means who wants to see one."""
+    path = unquote(tier.removeprefix("disk:").partition("?")[0])
+    if tier.startswith("disk:") and path and not Path(path).exists():
+        raise InvalidInput(f"tier {tier!r}: nothing lies at {path}; name the folder of a disk tier")
 
 
 def _chooser(older_than: str, model: str) -> Callable[[Header | None], bool] | None:

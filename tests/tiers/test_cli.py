@@ -40,6 +40,13 @@ def test_inspect_shows_what_is_there(url):
     assert [cell.strip() for cell in row.split("│")[2:4]] == ["block", "20"]
 
 
+def test_looking_makes_nothing(tmp_path):
+    code, text = run("inspect", f"disk:{tmp_path / 'mistyped'}")
+    assert code == 2
+    assert "nothing lies at" in text
+    assert not (tmp_path / "mistyped").exists()
+
+
 def test_verify_finds_the_damaged_one(url):
     assert run("inspect", url, "--verify")[0] == 0
     tier = open_tier(url)
