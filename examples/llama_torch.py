@@ -1,7 +1,8 @@
 """A Llama in PyTorch, to be read in one sitting beside `llama_keras.py`.
 
 Two calls make it ready for a cache and change nothing without one: `positions` instead of `arange`, and
-`attention` instead of `scaled_dot_product_attention`; `linear` is `F.linear`, only faster on a CPU. Shapes: B batch,
+`attention` instead of `scaled_dot_product_attention`; `linear` is `F.linear`, only faster on a CPU. What was just made
+and has no other use is changed in place: in a long prompt, fresh memory costs more than the arithmetic. Shapes: B batch,
 T new tokens, C hidden size, H query heads, G key/value heads, D head size, F feed-forward size, V vocabulary.
 """
 
@@ -36,7 +37,7 @@ def rotary(pos: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (i, i + D/2) of x [B, H, T, D] by its angle."""
     first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((second, first), -1), sin)
+    return (x * cos).addcmul_(torch.cat((second, first), -1), sin)
 
 
 class Block(nn.Module):
@@ -55,8 +56,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, size = x.shape
         x = x.reshape(batch * length, size)
-        x = x + self.attend(rms_norm(x, self.norm1, self.config.norm_eps), batch, length, cos, sin)
-        x = x + self.feed_forward(rms_norm(x, self.norm2, self.config.norm_eps))
+        x = self.attend(rms_norm(x, self.norm1, self.config.norm_eps), batch, length, cos, sin).add_(x)
+        x = self.feed_forward(rms_norm(x, self.norm2, self.config.norm_eps)).add_(x)
         return x.view(batch, length, size)
 
     def attend(self, x: Tensor, batch: int, length: int, cos: Tensor, sin: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class Block(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         """SwiGLU."""
         gate, up = linear(x, self.gate_up).chunk(2, dim=-1)
-        return linear(F.silu(gate) * up, self.down)
+        return linear(F.silu(gate).mul_(up), self.down)
 
 
 class Llama(nn.Module):
