@@ -2,8 +2,10 @@
 
 Two calls make it ready for a cache and change nothing without one: `positions` instead of `arange`, and
 `attention` instead of `scaled_dot_product_attention`; `linear` is `F.linear`, only faster on a CPU. What was just made
-and has no other use is changed in place: in a long prompt, fresh memory costs more than the arithmetic. Shapes: B batch,
-T new tokens, C hidden size, H query heads, G key/value heads, D head size, F feed-forward size, V vocabulary.
+and has no other use is changed in place: in a long prompt, fresh memory costs more than the arithmetic.
+
+Shapes: B batch, T new tokens, C hidden size, H query heads, G key/value heads, D head size, F feed-forward size,
+V vocabulary.
 """
 
 from __future__ import annotations

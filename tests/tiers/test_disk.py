@@ -337,10 +337,13 @@ def let_go(holder: subprocess.Popen[str]) -> None:
     holder.stdout.close()
 
 
+WAITING = {"kvcache-waiting", "kvcache-opening", "kvcache-touches"}
+
+
 def waiting_threads() -> list[str]:
-    """Threads of tiers, after a moment in which they may end."""
+    """Threads that wait for a lock, after a moment in which they may end; other tests may have left a writer."""
     deadline = time.monotonic() + 5
-    while found := [one.name for one in threading.enumerate() if one.name.startswith("kvcache-")]:
+    while found := [one.name for one in threading.enumerate() if one.name in WAITING]:
         if time.monotonic() > deadline:
             break
         time.sleep(0.02)
