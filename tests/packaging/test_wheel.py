@@ -19,7 +19,7 @@ PACKAGES = {
     "kvcache_keras": "adapters/kvcache_keras",
 }
 EXTRAS = {"torch", "tensorflow", "tensorflow-cpu", "hf", "keras-hub", "cli", "demo", "bench", "test", "dev", "all"}
-EXTRAS |= {"disk", "network", "fsspec", "examples"}
+EXTRAS |= {"disk", "fast", "network", "fsspec", "examples"}
 NOT_SOURCE = shutil.ignore_patterns(
     ".git", ".venv", "venv", "build", "dist", "out", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "*.png"
 )
