@@ -72,6 +72,7 @@ class Budget:
             return min(len(lru.before(time)) - count for count, lru in takes) + given(time) >= 0
 
         def given(time: int) -> int:
+            """Blocks that the activations would give for it."""
             return self._whole_parts(self._entries_before(time))
 
         victims = [lru.time_of(count) for count, lru in takes if count > 0]

@@ -1,6 +1,6 @@
 """CRC-32: from ISA-L where it is installed (extra ``fast``), else from the standard library. The numbers are the same.
 
-ISA-L multiplies without carries, a processor's own instruction for it, and is some ten times as fast.
+ISA-L multiplies without carries, for which processors have an instruction of their own, and is many times as fast.
 """
 
 from __future__ import annotations

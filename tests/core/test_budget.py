@@ -174,6 +174,18 @@ def test_a_large_step_evicts_its_own_before_newer_entries(both):
     assert both.core.cached_length([200 + at for at in range(80)] + [7]) == 80
 
 
+def test_a_large_step_takes_no_more_entries_than_are_older_than_its_own_victims(both):
+    both.open(1, 8).close()
+    both.use(*range(40))
+    both.open(2, 16).close()
+    assert (both.core.num_blocks, both.core.stats().cached_blocks) == (24, 24)
+    evicted = both.entries.evicted_entries
+    both.open(3, 16).close()
+    assert both.core.cached_length([100 + at for at in range(32)] + [7]) == 0, "older than every entry"
+    assert both.entries.evicted_entries - evicted == 8
+    assert both.core.cached_length([200 + at for at in range(64)] + [7]) == 64, "newer than every entry"
+
+
 def test_too_much_is_cache_full_and_no_entry_goes(both):
     both.use(*range(40))
     with pytest.raises(CacheFull):

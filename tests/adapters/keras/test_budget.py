@@ -10,13 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
 
+import kvcache_keras
 from kvcache_core import CacheFull
-from kvcache_core.attaching import attached_to
-from kvcache_keras import KVCache, generate
+from kvcache_keras import generate
 from tests.adapters.keras.models import Small, ids
-
-SIZE = 4
-ENTRY = 8 * 32 * 4
+from tests.adapters.two_kinds import ENTRY, TwoKinds
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -37,19 +35,11 @@ def encoder() -> keras.Model:
     return model
 
 
-class Both:
+class Both(TwoKinds):
     """An encoder and a decoder over one cache of ``blocks`` blocks; each also in a graph traced once."""
 
     def __init__(self, blocks: int = 64, *, outputs: str = "last") -> None:
-        self.encoder, self.decoder = encoder(), Small()
-        probe = KVCache(4, block_size=SIZE)
-        probe.attach(self.decoder, outputs=outputs)
-        self.block = probe.core.layout.bytes_per_block
-        probe.detach()
-        self.memory = (blocks + 1) * self.block
-        self.cache = KVCache(memory=self.memory, block_size=SIZE)
-        self.cache.attach(self.decoder, kind="tokens", outputs=outputs)
-        self.cache.attach(self.encoder, kind="activation")
+        super().__init__(kvcache_keras, encoder(), Small(), blocks, outputs)
         self.traces = {"encode": 0, "call": 0}
         self.encode_graph = tf.function(self._encode, input_signature=[tf.TensorSpec([None, 16])])
         self.call_graph = tf.function(self._call, input_signature=[tf.TensorSpec([None, None], tf.int32)])
@@ -79,21 +69,8 @@ class Both:
         np.testing.assert_allclose(found, plain, rtol=1e-4, atol=2e-5)
         self.check()
 
-    def generate(self, prompts, count: int = 3) -> None:
-        """Generate with the cache; the answer is that of without."""
-        found = generate(self.decoder, prompts, max_new_tokens=count, cache=self.cache)
-        assert found == generate(self.decoder, prompts, max_new_tokens=count)
-        self.check()
-
-    def check(self) -> None:
-        """The limit, of what TensorFlow has."""
-        stats = self.cache.stats()
-        variables = sum(int(tf.size(array)) * array.dtype.size for array in self.cache.store._arrays.values())
-        assert variables + stats.entry_bytes <= self.memory
-        assert stats.bytes == variables + stats.entry_bytes
-        self.cache._budget.check_valid()
-        self.cache.core.check_valid()
-        self.cache.sites.entries.check_valid()
+    def array_bytes(self) -> int:
+        return sum(int(tf.size(array)) * array.dtype.size for array in self.cache.store._arrays.values())
 
 
 def test_memory_moves_to_the_kind_that_is_in_use_and_nothing_is_traced_again():
@@ -118,10 +95,7 @@ def test_memory_moves_to_the_kind_that_is_in_use_and_nothing_is_traced_again():
 
 def test_the_encoder_first():
     both = Both()
-    both.cache = cache = KVCache(memory=both.memory, block_size=SIZE)
-    for model in (both.decoder, both.encoder):
-        attached_to(model).detach(model)
-    cache.attach(both.encoder, kind="activation")
+    cache = both.begin_with_the_encoder()
     with cache:
         both.encoder(samples(0, 100))
     assert cache.stats().entry_bytes == both.memory // ENTRY * ENTRY, "all of it"

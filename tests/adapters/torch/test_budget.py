@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import kvcache_torch
 from kvcache_core import CacheFull
-from kvcache_core.attaching import attached_to
 from kvcache_torch import KVCache, generate
 from tests.adapters.torch.models import Small, close, ids, prompt
-
-SIZE = 4
+from tests.adapters.two_kinds import BLOCK_SIZE, ENTRY, TwoKinds
 
 
 class Encoder(nn.Module):
@@ -34,26 +33,18 @@ class Encoder(nn.Module):
         return self.second(torch.tanh(self.first(x))).unflatten(-1, (8, 32))
 
 
-ENTRY = 8 * 32 * 4
-
-
 def samples(seed: int, count: int = 4):
     return torch.randn(count, 16, generator=torch.Generator().manual_seed(seed))
 
 
-class Both:
+class Both(TwoKinds):
     """An encoder and a decoder over one cache of ``blocks`` blocks."""
 
     def __init__(self, blocks: int = 64, *, outputs: str = "last", **options) -> None:
-        self.encoder, self.decoder = Encoder().eval(), Small()
-        probe = KVCache(4, block_size=SIZE)
-        probe.attach(self.decoder, outputs=outputs)
-        self.block = probe.core.layout.bytes_per_block
-        probe.detach()
-        self.memory = (blocks + 1) * self.block
-        self.cache = KVCache(memory=self.memory, block_size=SIZE, **options)
-        self.cache.attach(self.decoder, kind="tokens", outputs=outputs)
-        self.cache.attach(self.encoder, kind="activation")
+        super().__init__(kvcache_torch, Encoder().eval(), Small(), blocks, outputs, **options)
+
+    def array_bytes(self) -> int:
+        return sum(array.nbytes for array in self.cache.store._arrays.values())
 
     @torch.inference_mode()
     def encode(self, x) -> None:
@@ -64,21 +55,6 @@ class Both:
         close(found, self.encoder(x))
         self.encoder.rows = counted
         self.check()
-
-    def generate(self, prompts, count: int = 3) -> None:
-        """Generate with the cache; the answer is that of without."""
-        found = generate(self.decoder, prompts, max_new_tokens=count, cache=self.cache)
-        assert found == generate(self.decoder, prompts, max_new_tokens=count)
-        self.check()
-
-    def check(self) -> None:
-        """The limit."""
-        stats = self.cache.stats()
-        assert stats.bytes <= self.memory
-        assert stats.bytes == self.cache.store.nbytes + stats.entry_bytes
-        self.cache._budget.check_valid()
-        self.cache.core.check_valid()
-        self.cache.sites.entries.check_valid()
 
 
 def test_memory_moves_to_the_kind_that_is_in_use():
@@ -104,10 +80,7 @@ def test_memory_moves_to_the_kind_that_is_in_use():
 
 def test_the_encoder_first():
     both = Both()
-    both.cache = cache = KVCache(memory=both.memory, block_size=SIZE)
-    for model in (both.decoder, both.encoder):
-        attached_to(model).detach(model)
-    cache.attach(both.encoder, kind="activation")
+    cache = both.begin_with_the_encoder()
     with torch.inference_mode(), cache:
         both.encoder(samples(0, 100))
     assert cache.stats().entry_bytes == both.memory // ENTRY * ENTRY, "all of it"
@@ -127,7 +100,7 @@ def test_old_content_of_the_idle_kind_goes_and_new_content_of_the_same_kind_stay
     both.generate([prompt(1, 40)], count=1)
     both.encode(samples(0, 44))
     core, salt = both.cache.core, both.cache.salt
-    assert core.cached_length(prompt(0, 100), salt) < 100 - SIZE
+    assert core.cached_length(prompt(0, 100), salt) < 100 - BLOCK_SIZE
     assert core.cached_length(prompt(1, 40), salt) >= 36
     assert both.cache.stats().evicted_entries == 0
 
@@ -171,7 +144,7 @@ def test_a_decoder_that_calls_the_encoder_in_its_step():
 
     encoder = Encoder().eval()
     model = Reads(encoder).eval()
-    cache = KVCache(memory="200KB", block_size=SIZE)
+    cache = KVCache(memory="200KB", block_size=BLOCK_SIZE)
     cache.attach(model, kind="tokens")
     cache.attach(encoder, kind="activation")
     x = ids(0, 2, 30)
@@ -202,9 +175,9 @@ def test_resize_keeps_the_one_limit():
 
 def test_size_counts_each_kind_for_itself():
     both = Both()
-    cache = KVCache(size=20, block_size=SIZE)
+    cache = KVCache(size=20, block_size=BLOCK_SIZE)
     for model in (both.decoder, both.encoder):
-        attached_to(model).detach(model)
+        both.cache.detach(model)
     cache.attach(both.decoder, kind="tokens")
     cache.attach(both.encoder, kind="activation")
     with torch.inference_mode(), cache:

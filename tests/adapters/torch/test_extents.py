@@ -167,16 +167,6 @@ def test_portable_kernel_gives_what_the_native_one_gives():
         torch.testing.assert_close(portable[1], native[1], atol=2e-6, rtol=1e-5)
 
 
-@pytest.fixture
-def compiled(monkeypatch):
-    """The kernels in C, in use."""
-    found = native.load()
-    if found is None:
-        pytest.skip("needs a C compiler")
-    monkeypatch.setattr(native, "_active", [found])
-    return found
-
-
 @given(data=st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_decode_kernel_equals_float64(compiled, data):

@@ -470,13 +470,10 @@ def test_only_plain_linear_layers_of_this_thread_take_the_fast_way(monkeypatch: 
 # ---- kernels in C -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])
 def test_prompts_and_decode_steps_reach_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After ``cache.compile()``, through the registered attention function: every layer of every step, windows too."""
-    found = native.load()
-    if found is None:
-        pytest.skip("needs a C compiler")
-    monkeypatch.setattr(native, "_active", [found])
     calls: Counter[str] = Counter()
 
     def counted(kind: type[Any]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvcache_torch import linear, native
+from kvcache_torch import linear
 from kvcache_torch.linear import _packed, pack_weights, unpack_weights
 
 
@@ -58,11 +58,8 @@ def test_gradients_and_other_dtypes_go_through_torch():
 
 @pytest.mark.parametrize("rows", [*range(1, 10), 16])
 @pytest.mark.parametrize(("size", "out"), [(576, 960), (24, 41), (7, 3), (1, 1)])
-def test_the_kernel_in_c_is_as_exact_as_torch(rows, size, out, monkeypatch):
-    kernels = native.load()
-    if kernels is None:
-        pytest.skip("needs a C compiler")
-    monkeypatch.setattr(native, "_active", [kernels])
+@pytest.mark.usefixtures("compiled")
+def test_the_kernel_in_c_is_as_exact_as_torch(rows, size, out):
     torch.manual_seed(0)
     wide, weight, bias = torch.randn(rows, 2 * size), torch.randn(out, size), torch.randn(out)
     for x in (wide[:, :size].contiguous(), wide[:, ::2]):

@@ -17,16 +17,6 @@ from tests.adapters.torch.models import Small, close, prompt
 
 
 @pytest.fixture
-def compiled(monkeypatch):
-    """The kernels in C, in use."""
-    found = native.load()
-    if found is None:
-        pytest.skip("needs a C compiler")
-    monkeypatch.setattr(native, "_active", [found])
-    return found
-
-
-@pytest.fixture
 def kernel_calls(monkeypatch):
     """One entry per call of the kernel."""
     calls = []
