@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvcache_core.cache import BlockCache
 from kvcache_core.entries import EntryCache
-from kvcache_core.errors import InvalidInput
+from kvcache_core.errors import InvalidInput, OutOfMemory
 from kvcache_core.layout import BlockLayout
 from kvcache_core.store import KVStore
 
@@ -27,7 +27,8 @@ class Budget:
     stays behind. So between two moves in opposite directions at least a part was filled, and what is given up is the
     least recently used content of both kinds but for two parts. Where evicting its own would not be enough, a kind
     takes what it needs. Nothing moves while a step or a reader of the arrays is under way: then a kind evicts its own;
-    what activations lacked is looked at again before the next step.
+    what activations lacked is looked at again before the next step. Nor where there is no memory for new arrays: that
+    is tried again after as many uses as there are blocks.
 
     Invariants (:meth:`check_valid` asserts them):
         - the bytes of the arrays and the limit of the activations are ``memory`` together.
@@ -42,7 +43,8 @@ class Budget:
 
     def __init__(self, memory: int, entries: EntryCache, core: BlockCache, store: KVStore) -> None:
         self.memory = memory
-        self.moves = 0
+        self.moves = self.failed_moves = 0
+        self._not_before = 0
         self._owed = 0
         self._entries = entries
         self._core = core
@@ -64,7 +66,7 @@ class Budget:
         beyond = max(count - pool.num_available for count, pool in zip(least, pools, strict=True))
         takes = [(count - pool.num_free, pool.lru) for count, pool in zip(wanted, pools, strict=True)]
         short = max(count for count, _ in takes)
-        if short <= 0 or not self._core.is_still(growing=True):
+        if short <= 0 or not self._can_move(growing=True):
             return
 
         def enough(time: int) -> bool:
@@ -84,7 +86,7 @@ class Budget:
     def could_hold(self, size: int, rest: int) -> bool:
         """Whether an entry of ``size`` bytes can have room now; ``rest`` bytes come behind it."""
         most = int(self._entries.memory or 0)
-        if self._core.is_still(growing=False):
+        if self._can_move(growing=False):
             most += self._less_blocks * self._layout.bytes_per_block
         else:
             self._owed = max(self._owed, size + rest)
@@ -92,14 +94,14 @@ class Budget:
 
     def settle(self) -> None:
         """Entries found no room while the arrays were in use: see whether they should have more now."""
-        if self._owed and self._core.is_still(growing=False):
+        if self._owed and self._can_move(growing=False):
             owed, self._owed = self._owed, 0
             self.bytes_short(0, owed)
 
     def bytes_short(self, size: int, rest: int) -> None:
         """An entry of ``size`` bytes does not fit unless the oldest one goes; others, of ``rest`` bytes, follow."""
         entries, room = self._entries, int(self._entries.memory or 0)
-        if not self._core.is_still(growing=False):
+        if not self._can_move(growing=False):
             return
         before = self._now if entries.oldest is None else entries.oldest
         short, beyond = entries.bytes + size + rest - room, size - room if not entries.bytes else 0
@@ -125,11 +127,20 @@ class Budget:
             found = min(-(-beyond // part) * part, most) if beyond <= most else 0
         return found
 
+    def _can_move(self, *, growing: bool) -> bool:
+        """Whether the arrays may become larger, or smaller, now."""
+        return self._now >= self._not_before and self._core.is_still(growing=growing)
+
     def _move(self, blocks: int) -> None:
-        """Give K and V so many more blocks, or fewer."""
-        if blocks:
-            self.moves += 1
+        """Give K and V so many more blocks, or fewer; where there is no memory for the new arrays, none."""
+        if not blocks:
+            return
+        try:
             self._set_blocks(self._core.num_blocks + blocks)
+            self.moves += 1
+        except OutOfMemory:
+            self.failed_moves += 1
+            self._not_before = self._now + self._core.num_blocks  # each try may cost as much as the first
 
     # ---- another limit -------------------------------------------------------------------------
 
@@ -139,6 +150,7 @@ class Budget:
         Raises:
             InvalidInput: no block fits.
             CacheFull: open sequences hold more than that; nothing was changed.
+            OutOfMemory: no memory for the new arrays beside the present ones; nothing was changed.
         """
         blocks_in(memory, self._layout)
         core, entries = self._core, self._entries
@@ -200,14 +212,9 @@ class Budget:
         return (num_blocks + 1) * self._layout.bytes_per_block
 
     def _set_blocks(self, num_blocks: int) -> None:
-        """Another split; the kind that gets less gives up first."""
+        """Another split."""
         room = self.memory - self._bytes_of(num_blocks)
-        if num_blocks > self._core.num_blocks:
-            self._entries.resize(memory=room)
-            resize_blocks(self._core, self._store, num_blocks)
-        else:
-            resize_blocks(self._core, self._store, num_blocks)
-            self._entries.resize(memory=room)
+        resize_blocks(self._core, self._store, num_blocks, lambda: self._entries.resize(memory=room))
 
 
 def blocks_in(memory: int, layout: BlockLayout) -> int:
@@ -237,11 +244,22 @@ def first_blocks(memory: int, entries: EntryCache, layout: BlockLayout) -> int:
     return blocks
 
 
-def resize_blocks(core: BlockCache, store: KVStore, num_blocks: int) -> None:
-    """Another capacity for the pools and the arrays behind them; the first of them to say no has changed nothing."""
+def resize_blocks(core: BlockCache, store: KVStore, num_blocks: int, entries: Callable[[], None]) -> None:
+    """Another capacity for the pools, for ``entries``, which gives the activations theirs, and for the arrays.
+
+    Whatever can say no is asked first: memory for all the new arrays, then the pools.
+
+    Raises:
+        CacheFull: more blocks are live; nothing was changed.
+        OutOfMemory: the new arrays do not fit beside the old ones; nothing was changed.
+        StepError: a step is under way.
+    """
     with core.lock:
+        arrays = store.allocate(num_blocks)
         results = core.resize(num_blocks)
-        store.resize(num_blocks, [found.moves for found in results], last=max(found.last for found in results))
+        entries()
+        moves, last = [found.moves for found in results], max(found.last for found in results)
+        store.resize(num_blocks, moves, last=last, arrays=arrays)
 
 
 def _part_of(blocks: int) -> int:

@@ -15,6 +15,7 @@ __all__ = [
     "InvalidType",
     "KVCacheError",
     "KVCacheWarning",
+    "OutOfMemory",
     "PartlyFailed",
     "SequenceClosed",
     "StaleSequence",
@@ -42,6 +43,10 @@ class CacheFull(KVCacheError):
         self.needed = needed
         self.available = available
         self.capacity = capacity
+
+
+class OutOfMemory(KVCacheError, MemoryError):
+    """There is no memory for arrays of another capacity; nothing was changed."""
 
 
 class InvalidInput(KVCacheError, ValueError):

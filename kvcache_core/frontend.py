@@ -93,6 +93,7 @@ class FrontendCache(Serving):
         Raises:
             CacheFull: open sequences hold more than that; nothing was changed.
             InvalidInput: no positive amount, or both given.
+            OutOfMemory: no memory for arrays of that size beside the present ones; nothing was changed.
         """
         if (size is None) == (memory is None):
             raise InvalidInput(f"give size (blocks) or memory (bytes); got {size!r} and {memory!r}")
@@ -115,8 +116,7 @@ class FrontendCache(Serving):
             budget.resize(memory)
             self._budget = budget
         else:
-            resize_blocks(core, self._store, int(size or 0))
-            entries.resize(size)
+            resize_blocks(core, self._store, int(size or 0), lambda: entries.resize(size))
             self._budget = None
 
     def compact(self) -> int:
@@ -201,6 +201,7 @@ class FrontendCache(Serving):
             entries=len(entries),
             entry_bytes=entries.bytes,
             memory_moves=0 if self._budget is None else self._budget.moves,
+            failed_memory_moves=0 if self._budget is None else self._budget.failed_moves,
             hit_entries=entries.hit_entries,
             miss_entries=entries.miss_entries,
             evicted_entries=entries.evicted_entries,

@@ -40,9 +40,10 @@ class Placement:
                 available=num_blocks,
                 capacity=self.groups[0].pool.num_blocks,
             )
+        fresh = [group.pool.fresh(num_blocks) for group in self.groups]  # all of them, or no memory and no change
         results = []
         for number, group in enumerate(self.groups):
-            result = group.pool.resize(num_blocks)
+            result = group.pool.resize(num_blocks, fresh[number])
             evicted: list[Evicted] = []
             self.blocks.evict(number, list(result.evicted), evicted)
             self.blocks.announce(evicted)
@@ -58,7 +59,7 @@ class Placement:
             tables = [seq.tables[number] for seq in seqs if number < len(seq.tables)]
             moves = _moves(tables, group.pool.used().tolist(), group.pool.num_blocks)
             if moves:
-                group.pool.move(moves, group.pool.num_blocks)
+                group.pool.move(moves)
                 self._follow(number, moves, seqs)
             results.append(PoolResize([], moves))
         return results

@@ -39,12 +39,9 @@ class BlockPool:
         self.num_blocks = num_blocks
         self._clock = clock
         self.free = FreeRuns(num_blocks)
-        self._allocate(num_blocks)
-
-    def _allocate(self, num_blocks: int) -> None:
         self._refs: BlockArray = np.zeros(num_blocks + 1, np.int32)
         self._findable = np.zeros(num_blocks + 1, np.bool_)
-        self.lru = ReleaseQueue(num_blocks, self._clock)
+        self.lru = ReleaseQueue(num_blocks, clock)
         self.ref = view(self._refs)
         self._findable_at = view(self._findable)
 
@@ -215,14 +212,23 @@ class BlockPool:
 
     # ---- other sizes and places ----------------------------------------------------------------
 
-    def resize(self, num_blocks: int) -> PoolResize:
+    def fresh(self, num_blocks: int) -> BlockPool:
+        """A new pool of another size, whose memory this one can take over."""
+        return BlockPool(num_blocks, self._clock)
+
+    def resize(self, num_blocks: int, fresh: BlockPool | None = None) -> PoolResize:
         """Change the capacity while blocks are in use.
 
         Shrinking evicts cached blocks, least recently used first, and moves what is left under the new
         limit; the caller renames the moved ids in its tables and moves the bytes.
 
+        Args:
+            num_blocks: usable blocks from now on.
+            fresh: what :meth:`fresh` gave for that size, if it was asked already.
+
         Raises:
             CacheFull: more blocks are live than ``num_blocks``; nothing was changed.
+            MemoryError: none for so many; nothing was changed.
         """
         check_size(num_blocks)
         if num_blocks < self.num_live:
@@ -233,6 +239,7 @@ class BlockPool:
                 available=num_blocks,
                 capacity=self.num_blocks,
             )
+        fresh = fresh or self.fresh(num_blocks)
         surplus = self.num_live + self.num_cached - num_blocks
         evicted = self._evict(max(0, surplus))
         self.free.put(id_array(evicted))
@@ -243,26 +250,27 @@ class BlockPool:
         taken[0] = True
         holes = np.flatnonzero(~taken)[: len(homeless)]
         moves = {BlockId(old): BlockId(new) for old, new in zip(homeless.tolist(), holes.tolist(), strict=True)}
-        self.move(moves, num_blocks)
+        self.move(moves, fresh)
         return PoolResize([BlockId(block) for block in evicted], moves, int(np.flatnonzero(taken)[-1]))
 
     def used(self) -> BlockArray:
         """The blocks that are not free, ascending."""
         return np.flatnonzero((self._refs > 0) | self._findable).astype(np.int32)
 
-    def move(self, moves: dict[BlockId, BlockId], num_blocks: int) -> None:
-        """Rename used blocks, in a pool of ``num_blocks`` from now on; the targets are free, or moved away too."""
+    def move(self, moves: dict[BlockId, BlockId], fresh: BlockPool | None = None) -> None:
+        """Rename used blocks; the targets are free, or moved away too. From now on this is ``fresh``, a pool that is
+        new, with what this one holds; by default one of the same size.
+        """
+        fresh = fresh or self.fresh(self.num_blocks)
         used = self.used()
         renamed = np.array([moves.get(block, block) for block in used.tolist()], np.int32)
         names = np.zeros(self.num_blocks + 1, np.int32)
         names[used] = renamed
         order, times = names[self.lru.order()], self.lru.times()
-        refs, findable = self._refs[used], self._findable[used]
-        self._allocate(num_blocks)
-        self._refs[renamed], self._findable[renamed] = refs, findable
-        self.num_blocks = num_blocks
-        self.lru.push(order, times)
-        self.free = FreeRuns(num_blocks, used=renamed)
+        fresh._refs[renamed], fresh._findable[renamed] = self._refs[used], self._findable[used]
+        fresh.lru.push(order, times)
+        fresh.free = FreeRuns(fresh.num_blocks, used=renamed)
+        vars(self).update(vars(fresh))
 
     def check_valid(self) -> None:
         """Assert every invariant of the class docstring; expensive, for tests."""

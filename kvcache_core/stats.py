@@ -39,6 +39,7 @@ class CacheStats:
         entries: activations that can be found now.
         entry_bytes: their bytes; part of ``bytes``.
         memory_moves: how often memory moved between K/V blocks and activations.
+        failed_memory_moves: how often it could not, because there was no memory for the new arrays.
         seconds_saved: what the hits would have taken to compute, estimated from the misses.
         seconds_spent: what hashing, looking up and copying activations took.
         bypass_reasons: {why: calls} of ``bypassed_calls``.
@@ -70,6 +71,7 @@ class CacheStats:
     entries: int = 0
     entry_bytes: int = 0
     memory_moves: int = 0
+    failed_memory_moves: int = 0
     seconds_saved: float = 0.0
     seconds_spent: float = 0.0
     bypass_reasons: Mapping[str, int] = field(default_factory=dict)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcache_core.errors import InvalidInput
+from kvcache_core.errors import InvalidInput, OutOfMemory
 from kvcache_core.layout import SCALED_DTYPES, ArraySpec, BlockLayout, PackedArray, scales_of
 from kvcache_core.plan import StepPlan
 from kvcache_core.quantization import decode, encode
 from kvcache_core.types import BlockId
 
-__all__ = ["BlockBytes", "KVStore", "NumpyStore", "packed_view"]
+__all__ = ["BlockBytes", "KVStore", "NumpyStore", "allocating", "packed_view"]
 
 BlockBytes = dict[tuple[int, str], NDArray[Any]]
 """One block's content: {(layer, array name): [entries, H, D]}, the same axis order for every store."""
@@ -62,14 +63,47 @@ class KVStore(Protocol):
     def import_blocks(self, group: int, blocks: Sequence[int], packed: NDArray[np.uint8]) -> None:
         """The reverse of :meth:`export_blocks`; ``packed`` may be read-only."""
 
-    def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]], *, last: int | None = None) -> None:
-        """Change the capacity, array by array.
+    def allocate(self, num_blocks: int) -> Any:
+        """Memory for arrays of another capacity, for :meth:`resize`; the host's is not touched yet.
+
+        Raises:
+            OutOfMemory: there is none for one of them; nothing was changed.
+        """
+
+    def resize(
+        self,
+        num_blocks: int,
+        moves: Sequence[Mapping[BlockId, BlockId]],
+        *,
+        last: int | None = None,
+        arrays: Any = None,
+    ) -> None:
+        """Change the capacity, array by array: each old one is given back before the next new one is filled.
 
         Args:
             num_blocks: usable blocks from now on.
             moves: {old: new} per layer group.
             last: the last block that holds something and stays where it is; None if that may be any.
+            arrays: what :meth:`allocate` gave for ``num_blocks``, used up; None to allocate now.
         """
+
+
+@contextmanager
+def allocating(store: KVStore, num_blocks: int) -> Iterator[None]:
+    """A part that only allocates arrays of ``num_blocks`` blocks: frameworks name a lack of memory in different ways.
+
+    Raises:
+        OutOfMemory: there is none.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, ValueError) as error:
+        needed = (num_blocks + 1) * store.layout.bytes_per_block
+        raise OutOfMemory(
+            f"no memory for {num_blocks} blocks: their arrays take {needed} bytes, beside those of the "
+            f"{store.num_blocks} blocks that are there ({store.nbytes} bytes); nothing was changed. Ask for fewer "
+            "blocks, or free memory first"
+        ) from error
 
 
 def packed_view(packed: NDArray[np.uint8], array: PackedArray) -> NDArray[Any]:
@@ -167,12 +201,28 @@ class NumpyStore:
             content = packed_view(packed, array).transpose(2, 0, 1, 3)
             self._blocks((array.layer, array.name))[:, list(blocks)] = content
 
-    def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]], *, last: int | None = None) -> None:
+    def allocate(self, num_blocks: int) -> dict[tuple[int, str], NDArray[Any]]:
+        """Arrays [H, blocks, entries, D] of zeros, whose memory is not touched; see :meth:`KVStore.allocate`."""
+        with allocating(self, num_blocks):
+            return {key: self._zeros(key, num_blocks) for key in self.arrays}
+
+    def _zeros(self, key: tuple[int, str], num_blocks: int) -> NDArray[Any]:
+        old = self._blocks(key)
+        return np.zeros((old.shape[0], num_blocks + 1, *old.shape[2:]), old.dtype)
+
+    def resize(
+        self,
+        num_blocks: int,
+        moves: Sequence[Mapping[BlockId, BlockId]],
+        *,
+        last: int | None = None,
+        arrays: dict[tuple[int, str], NDArray[Any]] | None = None,
+    ) -> None:
         """Change the capacity; see :meth:`KVStore.resize`."""
         kept = min(num_blocks, self.num_blocks if last is None else last) + 1
-        for key, array in self.arrays.items():
-            old = self._blocks(key)
-            new = np.zeros((old.shape[0], num_blocks + 1, *old.shape[2:]), array.dtype)
+        arrays = self.allocate(num_blocks) if arrays is None else arrays
+        for key in list(arrays):
+            old, new = self._blocks(key), arrays.pop(key)
             new[:, :kept] = old[:, :kept]
             for source, target in moves[self.layout.group_of(key[0])].items():
                 new[:, target] = old[:, source]

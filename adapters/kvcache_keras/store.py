@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.layout import MODEL_DTYPES, SCALED_DTYPES, ArraySpec, BlockLayout, check_dtype, scales_of
-from kvcache_core.store import BlockBytes, packed_view
+from kvcache_core.store import BlockBytes, allocating, packed_view
 from kvcache_core.types import BlockId
 from kvcache_keras.quantization import decoded, encoded, variable_dtype
 
@@ -221,25 +221,44 @@ class TensorStore:
             self._graphs["import", group] = tf.function(scatter, input_signature=spec, autograph=False)
         return self._graphs["import", group]
 
-    def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]], *, last: int | None = None) -> None:
+    def allocate(self, num_blocks: int) -> dict[tuple[int, str], np.ndarray[Any, Any]]:
+        """Arrays of zeros in the host's memory; see :meth:`~kvcache_core.store.KVStore.allocate`."""
+        with allocating(self, num_blocks):
+            return {key: self._zeros(key, num_blocks) for key in self._arrays}
+
+    def _zeros(self, key: tuple[int, str], num_blocks: int) -> np.ndarray[Any, Any]:
+        """[H, num_blocks + 1, entries, D]."""
+        spec = self._specs[key]
+        shape = (spec.heads, num_blocks + 1, self.layout.entries_per_block(key[0]), spec.size)
+        return np.zeros(shape, self._arrays[key].dtype.as_numpy_dtype)
+
+    def resize(
+        self,
+        num_blocks: int,
+        moves: Sequence[Mapping[BlockId, BlockId]],
+        *,
+        last: int | None = None,
+        arrays: dict[tuple[int, str], np.ndarray[Any, Any]] | None = None,
+    ) -> None:
         """Change the capacity, variable by variable; see :meth:`~kvcache_core.store.KVStore.resize`.
 
         The variables stay the same objects, so that traced functions go on using them.
         """
         kept = min(num_blocks, self.num_blocks if last is None else last) + 1
+        arrays = self.allocate(num_blocks) if arrays is None else arrays
         old_stride, self.num_blocks = self.stride, num_blocks
         with tf.init_scope():
-            for key, array in self._arrays.items():
-                spec = self._specs[key]
-                shape = (spec.heads, num_blocks + 1, self.layout.entries_per_block(key[0]), spec.size)
-                new = np.zeros(shape, array.dtype.as_numpy_dtype)
-                heads = np.arange(spec.heads)[:, None] * old_stride
+            for key in list(arrays):
+                new, array = arrays.pop(key), self._arrays[key]
+                heads = np.arange(len(new))[:, None] * old_stride
                 new[:, :kept] = tf.gather(array, heads + np.arange(kept)).numpy()
                 group_moves = moves[self.layout.group_of(key[0])]
                 if group_moves:
                     sources, targets = np.array(list(group_moves.items())).T
                     new[:, targets] = tf.gather(array, heads + sources).numpy()
-                array.assign(new.reshape(-1, *shape[2:]))
+                # The old content goes before TensorFlow copies the new: one array more would have to fit otherwise.
+                array.assign(tf.zeros((0, *new.shape[2:]), array.dtype))
+                array.assign(new.reshape(-1, *new.shape[2:]))
 
     def _allocate(self, layer: int, name: str) -> tf.Variable:
         spec = self._specs[layer, name]

@@ -1,4 +1,4 @@
-"""K/V bytes in torch tensors, and stored dtypes: what a value becomes there, as in kvcache_core.quantization."""
+"""K/V bytes in torch tensors."""
 
 from __future__ import annotations
 
@@ -14,28 +14,19 @@ from torch import Tensor
 
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.layout import SCALED_DTYPES, BlockLayout, check_dtype, scales_of
-from kvcache_core.quantization import LARGEST
-from kvcache_core.store import BlockBytes, packed_view
+from kvcache_core.store import BlockBytes, allocating, packed_view
 from kvcache_core.types import BlockId
+from kvcache_torch.quantization import DTYPES, STORED, decoded, encoded
 
 __all__ = ["TensorStore", "dtype_name", "stored_dtype_name", "torch_dtype"]
 
-_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-
-_STORED = {**_DTYPES, "float8_e4m3": torch.uint8, "int8": torch.int8}
-"""The dtypes of pool tensors: float8 lies as its bits, because PyTorch cannot index it."""
-
-_TINY = torch.finfo(torch.float32).tiny
+_AT_ONCE = 256
+"""Blocks that a resize moves in one copy beside the arrays."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a layout's dtype name."""
-    return _DTYPES[name]
+    return DTYPES[name]
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
@@ -44,10 +35,10 @@ def dtype_name(dtype: torch.dtype | str) -> str:
     Raises:
         InvalidType: a dtype that the cache cannot store.
     """
-    for name, known in _DTYPES.items():
+    for name, known in DTYPES.items():
         if dtype in (known, name):
             return name
-    raise InvalidType(f"dtype must be one of {sorted(_DTYPES)}, got {dtype}")
+    raise InvalidType(f"dtype must be one of {sorted(DTYPES)}, got {dtype}")
 
 
 def stored_dtype_name(dtype: torch.dtype | str) -> str:
@@ -90,7 +81,7 @@ class TensorStore:
         self.layout = layout
         self.num_blocks = num_blocks
         self.device = torch.device(device)
-        self.kv_dtype = _DTYPES.get(layout.dtype)
+        self.kv_dtype = DTYPES.get(layout.dtype)
         """The dtype that K and V can be read in as they lie; None where they have scales."""
         self._arrays: dict[tuple[int, str], Tensor] = {}
         self._allocating = threading.Lock()
@@ -115,7 +106,7 @@ class TensorStore:
             with self._allocating:
                 array = self._arrays.get((layer, name))
                 if array is None:
-                    array = self._arrays[layer, name] = self._allocate(layer, name)
+                    array = self._arrays[layer, name] = self._new(layer, name, self.num_blocks).zero_()
         return array
 
     def group_of(self, layer: int) -> int:
@@ -131,34 +122,21 @@ class TensorStore:
 
     def put(self, layer: int, name: str, slots: Tensor, values: Tensor) -> Tensor:
         """Write ``values`` [H, N, D] at int64 ``slots`` [N]; returns what reading them gives, in their own dtype."""
-        bits, scales = self._encoded(layer, name, values)
+        bits, scales = encoded(values, self._dtype(layer, name))
         self.array(layer, name).index_copy_(1, slots, bits)
         if scales is not None:
             self.array(layer, scales_of(name)).index_copy_(1, slots, scales)
-        return _decoded(bits, scales, values.dtype)
+        return decoded(bits, scales, values.dtype)
 
     def take(self, layer: int, name: str, slots: Tensor | slice, dtype: torch.dtype) -> Tensor:
         """[H, N, D] at ``slots``, a slice or int64 [N], in ``dtype``; a view where there is nothing to convert."""
         scales = None
         if self._dtype(layer, name) in SCALED_DTYPES:
             scales = _at(self.array(layer, scales_of(name)), slots)
-        return _decoded(_at(self.array(layer, name), slots), scales, dtype)
+        return decoded(_at(self.array(layer, name), slots), scales, dtype)
 
     def _dtype(self, layer: int, name: str) -> str:
         return self.layout.array_dtype(self._specs[layer, name])
-
-    def _encoded(self, layer: int, name: str, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What is kept of ``values`` [..., D]: elements or their bits, and scales [..., 1] or None."""
-        dtype = self._dtype(layer, name)
-        if dtype not in SCALED_DTYPES:
-            return values.to(_STORED[dtype]), None
-        values = values.to(torch.float32)
-        scales = values.abs().amax(dim=-1, keepdim=True) / LARGEST[dtype]
-        scales = scales.masked_fill_(scales < _TINY, 0)
-        scaled = values / scales.clamp(min=_TINY)
-        if dtype == "int8":
-            return scaled.round_().to(torch.int8), scales
-        return scaled.to(torch.float8_e4m3fn).view(torch.uint8), scales
 
     def write(self, layer: int, name: str, slots: Any, values: Any) -> None:
         """Write ``values`` [N, H, D] at ``slots`` [N].
@@ -178,7 +156,7 @@ class TensorStore:
     def read(self, layer: int, name: str, slots: Any) -> Tensor:
         """Read [N, H, D] from ``slots`` [N]; float32 where there are scales."""
         slots = _tensor(slots).to(self.device, torch.int64)
-        dtype = _DTYPES.get(self._dtype(layer, name), torch.float32)
+        dtype = DTYPES.get(self._dtype(layer, name), torch.float32)
         return self.take(layer, name, slots, dtype).transpose(0, 1)
 
     def copy_blocks(self, group: int, pairs: Any) -> None:
@@ -248,32 +226,45 @@ class TensorStore:
                 target = self._blocks((spec.layer, spec.name))
                 target.index_copy_(1, index, _bits(content, target.dtype))
 
-    def resize(self, num_blocks: int, moves: Sequence[Mapping[BlockId, BlockId]], *, last: int | None = None) -> None:
+    def allocate(self, num_blocks: int) -> dict[tuple[int, str], Tensor]:
+        """A tensor for each of the present ones, not filled; see :meth:`~kvcache_core.store.KVStore.allocate`."""
+        with allocating(self, num_blocks):
+            return {key: self._new(*key, num_blocks) for key in list(self._arrays)}
+
+    def resize(
+        self,
+        num_blocks: int,
+        moves: Sequence[Mapping[BlockId, BlockId]],
+        *,
+        last: int | None = None,
+        arrays: dict[tuple[int, str], Tensor] | None = None,
+    ) -> None:
         """Change the capacity, tensor by tensor; see :meth:`~kvcache_core.store.KVStore.resize`."""
         kept = min(num_blocks, self.num_blocks if last is None else last) + 1
+        arrays = self.allocate(num_blocks) if arrays is None else arrays
         self.num_blocks = num_blocks
-        for key in list(self._arrays):
-            # One tensor after the other, each old one given back before the next new one is made.
-            self._arrays[key] = self._resized(key, kept, moves[self.layout.group_of(key[0])])
+        for key in list(arrays):
+            self._fill(key, arrays[key], kept, moves[self.layout.group_of(key[0])])
+            self._arrays[key] = arrays.pop(key)
         self._pairs.clear()
 
-    def _resized(self, key: tuple[int, str], kept: int, moves: Mapping[BlockId, BlockId]) -> Tensor:
-        """A tensor for ``num_blocks`` with what the present one holds."""
-        old, array = self._blocks(key), self._allocate(*key)
-        new = self._in_blocks(key, array)
+    def _fill(self, key: tuple[int, str], array: Tensor, kept: int, moves: Mapping[BlockId, BlockId]) -> None:
+        """Give a new tensor what the present one holds."""
+        old, new = self._blocks(key), self._in_blocks(key, array)
         with torch.inference_mode(False), torch.no_grad():
             new[:, :kept] = old[:, :kept]
-            if moves:
-                sources, targets = torch.tensor(list(moves.items()), device=self.device).unbind(1)
+            new[:, kept:] = 0
+            pairs = torch.tensor(list(moves.items()), dtype=torch.int64, device=self.device).view(-1, 2)
+            for at in range(0, len(pairs), _AT_ONCE):
+                sources, targets = pairs[at : at + _AT_ONCE].unbind(1)
                 new.index_copy_(1, targets, old.index_select(1, sources))
-        return array
 
-    def _allocate(self, layer: int, name: str) -> Tensor:
+    def _new(self, layer: int, name: str, num_blocks: int) -> Tensor:
         spec = self._specs[layer, name]
-        shape = (spec.heads, (self.num_blocks + 1) * self.layout.entries_per_block(layer), spec.size)
+        shape = (spec.heads, (num_blocks + 1) * self.layout.entries_per_block(layer), spec.size)
         # Not an inference tensor even inside inference_mode: those cannot be written outside it later.
         with torch.inference_mode(False):
-            return torch.zeros(shape, dtype=_STORED[self._dtype(layer, name)], device=self.device)
+            return torch.empty(shape, dtype=STORED[self._dtype(layer, name)], device=self.device)
 
     def _blocks(self, key: tuple[int, str]) -> Tensor:
         """An array's memory seen as [H, blocks, entries, D]."""
@@ -292,14 +283,6 @@ def _tensor(values: Any) -> Tensor:
 
 def _at(array: Tensor, slots: Tensor | slice) -> Tensor:
     return array[:, slots] if isinstance(slots, slice) else array.index_select(1, slots)
-
-
-def _decoded(bits: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What was stored, in ``dtype``; the multiplication by scales in float32."""
-    if scales is None:
-        return bits.to(dtype)
-    values = bits.view(torch.float8_e4m3fn) if bits.dtype == torch.uint8 else bits
-    return values.to(torch.float32).mul_(scales).to(dtype)
 
 
 def _bits(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import pytest
+
+from kvcache_core import OutOfMemory
+from tests.no_memory import no_memory
+
 BLOCK_SIZE = 4
 ENTRY = 8 * 32 * 4
 """Bytes of a sample's result: the encoders make [B, 8, 32] of [B, 16]."""
@@ -48,6 +53,15 @@ class TwoKinds:
         found = self.kvcache.generate(self.decoder, prompts, max_new_tokens=count, cache=self.cache)
         assert found == self.kvcache.generate(self.decoder, prompts, max_new_tokens=count)
         self.check()
+
+    def resize_in_vain(self, size: str | int) -> None:
+        """A resize changes nothing, whichever of the new arrays finds no memory."""
+        before = self.cache.stats()
+        for at in range(len(self.cache.store._arrays)):
+            with no_memory(self.cache.store, at), pytest.raises(OutOfMemory, match="free memory first"):
+                self.cache.resize(size)
+            self.check()
+            assert self.cache.stats() == before
 
     def array_bytes(self) -> int:
         """Bytes of the arrays of K and V, as the framework has them."""

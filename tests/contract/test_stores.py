@@ -12,10 +12,11 @@ from hypothesis.extra.numpy import arrays as arrays_of
 
 import kvcache_keras
 import kvcache_torch
-from kvcache_core import ArraySpec, BlockLayout, InvalidInput, LayerSpec
+from kvcache_core import ArraySpec, BlockLayout, InvalidInput, LayerSpec, OutOfMemory
 from kvcache_core.layout import DTYPE_BYTES, SCALED_DTYPES
 from kvcache_core.quantization import decode, encode
 from kvcache_core.store import NumpyStore
+from tests.no_memory import no_memory
 
 STORES = {"numpy": NumpyStore, "torch": kvcache_torch.TensorStore, "keras": kvcache_keras.TensorStore}
 BLOCK = 4
@@ -362,6 +363,35 @@ def test_a_resize_that_knows_the_last_block_in_use_keeps_all_up_to_it(name, size
     assert np.array_equal(store.export_blocks(0, [1, 2]), before[0][:2])
     assert np.array_equal(store.export_blocks(1, [1, 2, 4]), before[1][[0, 1, 3]])
     assert not store.export_blocks(0, [3, size]).any()
+
+
+@pytest.mark.parametrize("size", [3, 9])
+def test_an_allocation_that_fails_changes_nothing(make, size):
+    layout = LAYOUTS["int8 with outputs and a window"]
+    groups, store = range(len(layout.groups)), make(layout, 6)
+    for layer, array in arrays(layout):
+        store.write(layer, array.name, np.arange(28), values(layout, array, 28, layer))
+    before, nbytes = [store.export_blocks(group, range(7)) for group in groups], store.nbytes
+    count = sum(len(layout.stored(layer)) for layer in range(3))
+    for at in range(count):
+        with no_memory(store, at), pytest.raises(OutOfMemory, match=f"no memory for {size} blocks"):
+            store.resize(size, [{} for _ in groups])
+        assert (store.num_blocks, store.nbytes) == (6, nbytes)
+        for group in groups:
+            assert np.array_equal(store.export_blocks(group, range(7)), before[group])
+    with no_memory(store, count):
+        store.resize(size, [{} for _ in groups])
+    assert store.num_blocks == size
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "keras"])
+def test_a_size_that_no_machine_has_is_refused(name):
+    layout = LAYOUTS["plain"]
+    store = STORES[name](layout, 2)
+    store.write(0, "k", np.arange(4), values(layout, layout.layers[0].arrays[0], 4))
+    with pytest.raises(OutOfMemory, match="beside those of the 2 blocks"):
+        store.resize(2**44, [{}])
+    assert store.num_blocks == 2
 
 
 def _equal_bytes(blocks: list[list[dict[Any, np.ndarray]]]) -> None:

@@ -17,6 +17,7 @@ from kvcache_core.budget import Budget, first_blocks
 from kvcache_core.entries import EntryCache
 from kvcache_core.sharing import UseClock
 from kvcache_core.store import NumpyStore
+from tests.no_memory import no_memory
 
 SIZE = 4
 LAYOUT = BlockLayout([LayerSpec.attention(1, 2)], SIZE)
@@ -114,6 +115,24 @@ def test_kv_begins_with_a_part_at_least():
     assert first_blocks(65 * BLOCK, entries, LAYOUT) == PART
     assert b"old" not in entries
     assert b"new" in entries
+
+
+def test_a_larger_entry_than_can_have_room_evicts_none_while_memory_cannot_move(both):
+    for number in range(4):
+        both.open(number, 16).close()
+    with no_memory(both.store):
+        both.use(1, 2)
+        assert both.budget.failed_moves == 1
+    assert both.core.num_blocks == 64
+    for number in range(80):
+        both.open(number % 4, 16).close()
+    both.use(3, 4)
+    assert both.budget.moves == 1
+    room = both.entries.memory
+    with no_memory(both.store):
+        both.use(5, size=room + 1)
+        both.use(6, size=room + 1)
+    assert both.budget.failed_moves == 2
 
 
 def test_no_block_fits():

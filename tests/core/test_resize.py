@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from kvcache_core import BlockCache, BlockLayout, CacheFull, InvalidInput, LayerSpec
+from kvcache_core import BlockCache, BlockLayout, CacheFull, InvalidInput, LayerSpec, OutOfMemory
 from kvcache_core.store import NumpyStore
+from tests.no_memory import no_memory
 from tests.numpy_cache import NumpyCache
 from tests.reference_decoder import DecoderConfig
 from tests.strategies import compute, prompts, snapshot, step
@@ -138,3 +141,30 @@ def test_a_refused_resize_leaves_the_entries_and_an_accepted_one_holds_for_anoth
     cache.resize(5)
     cache.attach(cache.model, outputs="all")
     assert (cache.sites.entries.size, cache.core.num_blocks) == (5, 5)
+
+
+@pytest.mark.parametrize("size", [5, 12])
+def test_a_resize_without_memory_changes_nothing(size):
+    config = DecoderConfig(block_size=2)
+    cache = NumpyCache(config, 8)
+    row = [3, 1, 4, 1, 5, 9, 2, 6]
+    other = cache.open([7, 7, 7])
+    cache.step([other], [[7, 7, 7]])
+    other.close()
+    seq = cache.open(row)
+    cache.step([seq], [row[:5]])
+    before = snapshot(cache.core)
+    for at in range(len(cache.store.arrays)):
+        with no_memory(cache.store, at), pytest.raises(OutOfMemory, match=f"no memory for {size} blocks"):
+            cache.resize(size)
+        assert (snapshot(cache.core), cache.store.num_blocks, cache.sites.entries.size) == (before, 8, 8)
+        cache.core.check_valid()
+    pool = cache.core.groups[-1].pool
+    with mock.patch.object(pool, "fresh", side_effect=MemoryError), pytest.raises(MemoryError):
+        cache.resize(size)
+    assert (snapshot(cache.core), cache.store.num_blocks, cache.sites.entries.size) == (before, 8, 8)
+    plain = cache.model.logits(row)
+    np.testing.assert_allclose(cache.step([seq], [row[5:7]])[0], plain[6], rtol=1e-5, atol=1e-5)
+    cache.resize(size)
+    np.testing.assert_allclose(cache.step([seq], [row[7:]])[0], plain[7], rtol=1e-5, atol=1e-5)
+    cache.core.check_valid()

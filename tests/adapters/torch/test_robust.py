@@ -131,7 +131,7 @@ def test_eight_threads_on_one_cache(model):
 
 
 def test_threads_that_meet_in_the_first_step_write_to_one_tensor(model, cache, monkeypatch):
-    store, allocate = cache.store, TensorStore._allocate
+    store, allocate = cache.store, TensorStore._new
     store._arrays.clear()
     store._pairs.clear()
     start, found = threading.Barrier(4), []
@@ -140,7 +140,7 @@ def test_threads_that_meet_in_the_first_step_write_to_one_tensor(model, cache, m
         time.sleep(0.05)
         return allocate(*key)
 
-    monkeypatch.setattr(TensorStore, "_allocate", slow)
+    monkeypatch.setattr(TensorStore, "_new", slow)
 
     def first_use():
         start.wait()
