@@ -164,9 +164,8 @@ def _show(tier: Tier, failures: list[str], *, verify: bool) -> int:
         row = models.setdefault((_UNKNOWN if header is None else header.weights.hex(), kind), _Model())
         row.add(item, header)
         if verify and header is not None:
-            value = tier.get_many([item.key])[0]
             try:
-                check_value(value or b"", secret)
+                check_value(tier.peek(item.key) or b"", secret)
             except BlockRefused:
                 row.damaged += 1
     now = time.time()
@@ -216,10 +215,10 @@ def _prune(tier: Tier, chosen: Callable[[Header | None], bool] | None, size: int
 
 
 def _check_is_there(tier: str) -> None:
-    """Opening a disk tier makes it, which nobody means who wants to see one."""
+    """Opening a disk tier makes one, which nobody means who wants to see what is there."""
     path = unquote(tier.removeprefix("disk:").partition("?")[0])
-    if tier.startswith("disk:") and path and not Path(path).exists():
-        raise InvalidInput(f"tier {tier!r}: nothing lies at {path}; name the folder of a disk tier")
+    if tier.startswith("disk:") and path and not Path(path, "data.mdb").exists():
+        raise InvalidInput(f"tier {tier!r}: nothing lies at {path}, no data.mdb; name the folder of a disk tier")
 
 
 def _chooser(older_than: str, model: str) -> Callable[[Header | None], bool] | None:

@@ -8,34 +8,76 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kvcache_core.errors import InvalidInput, TierError
+from kvcache_core.errors import InvalidInput, KVCacheWarning, TierError
 
 try:
     import lmdb
 except ImportError as error:
     raise ImportError('a disk tier needs lmdb: pip install "kvcache-core[disk]"') from error
 
-__all__ = ["LOCK_SECONDS", "SharedFile", "held_by_another", "lmdb", "make_folder"]
+__all__ = ["LOCK_SECONDS", "SharedFile", "footprint", "held_by_another", "lmdb", "make_folder"]
 
 LOCK_SECONDS = 10.0
 """So long opening and closing wait for a process that holds the file's lock."""
 
 _FORMAT = b"kvcache-disk-1"
 _NAMES = (b"values", b"records", b"order", b"meta")
+_READERS = 512
+_DAMAGED = 3
 _CHECK = """
-import sys, lmdb
-env = lmdb.open(sys.argv[1], max_dbs=4, readonly=True, lock=False, create=False)
-if not env.stat()["entries"]:
-    sys.exit(0)  # another process has only just made it
-with env.begin(buffers=True) as txn:
-    for name in (b"values", b"records", b"order"):
-        db = env.open_db(name, txn=txn, create=False)
-        for key, value in txn.cursor(db):
-            len(value) and (value[0], value[-1])
+import sys
+sys.path[:] = sys.argv[4:]
+import mmap
+import lmdb
+
+def look(map_size):
+    # Registered as a reader, and with room: another process may write, and make it larger, meanwhile.
+    env = lmdb.open(
+        sys.argv[1], max_dbs=4, readonly=True, create=False, map_size=map_size, max_readers=int(sys.argv[3])
+    )
+    if not env.stat()["entries"]:
+        return  # another process has only just made it
+    with env.begin(buffers=True) as txn:
+        for name in (b"values", b"records", b"order"):
+            db = env.open_db(name, txn=txn, create=False)
+            for key, value in txn.cursor(db):
+                len(value) and (value[0], value[-1])
+
+def look_with_little_memory():
+    try:
+        look(1 << 20)  # as much as its head says that it needs
+    except lmdb.MemoryError:
+        with open(sys.argv[1] + "/data.mdb", "rb") as file:
+            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)  # all of it fits: its head is wrong
+        sys.exit(3)
+
+try:
+    try:
+        look(int(sys.argv[2]))
+    except lmdb.MemoryError:
+        look_with_little_memory()
+except (OSError, lmdb.MapResizedError, lmdb.ReadersFullError, lmdb.LockError, lmdb.ReadonlyError):
+    pass  # nothing is known of what lies in it
+except Exception:
+    sys.exit(3)
 """
+_PAGE, _LARGEST_SHARING = 4096, 1980
+_BESIDE = 320
+"""Bytes that a key takes beside its value: in the tables of records and of the order of use."""
+
+
+def footprint(key: bytes, nbytes: int) -> int:
+    """Bytes that a value of so many takes in a file: a large one has pages to itself, small ones share pages that are
+    half full at worst.
+    """
+    if len(key) + nbytes > _LARGEST_SHARING:
+        return -(-(nbytes + 16) // _PAGE) * _PAGE + _BESIDE
+    return 2 * (len(key) + nbytes) + _BESIDE
 
 
 class SharedFile:
@@ -54,14 +96,20 @@ class SharedFile:
         self._env: Any = None
         self._failure: Exception | None = None
         self._done = threading.Event()
+        self._turns, self._inside = threading.Condition(), 0
+        # Room for pages that are half full, and for those that a reader still holds.
         file = path / "data.mdb"
-        if file.exists() and not _is_sound(path):
+        largest = max(max_bytes, file.stat().st_size if file.exists() else 0)  # the budget may have been larger
+        map_size = largest + largest // 4 + (16 << 20)
+        if file.exists() and _is_damaged(path, map_size):
             aside = path / f"data.mdb.{int(time.time())}-{os.getpid()}.damaged"
             file.rename(aside)
             with contextlib.suppress(OSError):
                 (path / "lock.mdb").unlink()
+            message = f"tier {name!r}: its file was damaged and is {aside.name} now; a new one is begun"
+            warnings.warn(message, KVCacheWarning, stacklevel=2)
         # In a thread: opening takes the file's lock, for which LMDB waits without limit.
-        threading.Thread(target=self._begin, args=(name, max_bytes, sync), name="kvcache-opening", daemon=True).start()
+        threading.Thread(target=self._begin, args=(name, map_size, sync), name="kvcache-opening", daemon=True).start()
 
     @classmethod
     def open(cls, path: Path, name: str, max_bytes: int, sync: bool) -> SharedFile:
@@ -89,14 +137,47 @@ class SharedFile:
             self.users -= 1
             self._close_unused()
 
-    def _begin(self, name: str, max_bytes: int, sync: bool) -> None:
+    @contextlib.contextmanager
+    def transaction(self, **options: Any) -> Iterator[Any]:
+        """A transaction of LMDB.
+
+        Raises:
+            TierError: the file has outgrown what is mapped of it, and threads that use it keep that from changing.
+        """
+        with self._turns:
+            self._inside += 1
+        try:
+            try:
+                transaction = self._env.begin(**options)
+            except lmdb.MapResizedError:
+                self._map_all()
+                transaction = self._env.begin(**options)
+            with transaction as txn:
+                yield txn
+        finally:
+            with self._turns:
+                self._inside -= 1
+                self._turns.notify_all()
+
+    def _map_all(self) -> None:
+        """A process with a larger budget has made the file larger. Mapping it is for moments without a transaction."""
+        with self._turns:
+            self._inside -= 1
+            self._turns.notify_all()
+            try:
+                if not self._turns.wait_for(lambda: self._inside == 0, 1.0):
+                    raise TierError(f"{self._path} has grown, and cannot be mapped while it is in use")
+                self._env.set_mapsize(0)
+            finally:
+                self._inside += 1
+
+    def _begin(self, name: str, map_size: int, sync: bool) -> None:
         try:
             self._env = lmdb.open(
                 str(self._path),
-                # Room for pages that are half full, and for those that a reader still holds.
-                map_size=max_bytes + max_bytes // 4 + (16 << 20),
+                map_size=map_size,
                 max_dbs=4,
-                max_readers=512,
+                max_readers=_READERS,
                 metasync=False,
                 sync=sync,
                 readahead=False,
@@ -161,11 +242,14 @@ def make_folder(path: Path, name: str) -> None:
         raise InvalidInput(f"tier {name!r}: {path} cannot be written ({error}); name a folder that can") from None
 
 
-def _is_sound(path: Path) -> bool:
-    """Whether the file can be read from end to end: tried in another process, which a damaged file may crash."""
+def _is_damaged(path: Path, map_size: int) -> bool:
+    """Whether the file cannot be read from end to end: tried in another process, which a damaged file may crash."""
     if not sys.executable:
-        return True
+        return False
     done = subprocess.run(
-        [sys.executable, "-I", "-c", _CHECK, str(path)], capture_output=True, check=False, timeout=600
+        [sys.executable, "-I", "-c", _CHECK, str(path), str(map_size), str(_READERS), *sys.path],
+        capture_output=True,
+        check=False,
+        timeout=600,
     )
-    return done.returncode == 0
+    return done.returncode == _DAMAGED or done.returncode < 0

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 from kvcache_core import lmdbfile
 from kvcache_core.blockformat import Buffer
 from kvcache_core.errors import InvalidInput, KVCacheWarning, TierError
-from kvcache_core.lmdbfile import SharedFile, held_by_another, lmdb, make_folder
+from kvcache_core.lmdbfile import SharedFile, footprint, held_by_another, lmdb, make_folder
 from kvcache_core.sizes import parse_memory
 from kvcache_core.tiers import Item, StoredItem, Tier, url_options
 from kvcache_core.waiting import within
@@ -54,12 +54,12 @@ class DiskTier(Tier):
     transactions and nothing else; without, it may cost the file, which is then started anew.
 
     A file that is damaged when it is opened (checked by reading it in another process, since a damaged file can
-    crash the one that reads it) is set aside as ``*.damaged`` and a new one is begun.
+    crash the one that reads it) is set aside as ``*.damaged``, with a warning, and a new one is begun.
 
     Args:
         path: a folder; made if it is not there. Other processes may have it open.
-        max_bytes: budget for keys and values; the least recently used ones are deleted. The file is up to a quarter
-            larger.
+        max_bytes: budget for what keys and values take in the file, whole pages for large ones; the least recently used
+            are deleted. The file is up to a quarter larger. Of several processes' budgets the least counts.
         sync: whether each transaction waits for the disk.
 
     Raises:
@@ -101,6 +101,12 @@ class DiskTier(Tier):
             self._start_toucher()
         return found
 
+    def peek(self, key: bytes) -> Buffer | None:
+        """The value of a key, or None; not counted as a hit."""
+        with self._reading() as txn:
+            value: Buffer | None = txn.get(key, db=self._values)
+        return value
+
     def contains(self, key: bytes) -> bool:
         """Whether the key is there."""
         with self._reading() as txn:
@@ -111,11 +117,22 @@ class DiskTier(Tier):
         try:
             return self._put(items, self.max_bytes)
         except lmdb.MapFullError:
-            # The free pages lie scattered: make more of them and try once more.
+            # The free pages lie scattered, or a reader holds them: make more of them and try once more.
+            dropped = self._give_up_a_quarter()
+            return dropped + self._put(items, self.max_bytes)
+
+    def _give_up_a_quarter(self) -> list[Item]:
+        """In growing steps: to delete takes pages too, and gives back more for the steps behind it."""
+        dropped: list[Item] = []
+        least, step = None, 1 << 16
+        while True:
             with self._writing() as txn:
                 used, _ = self._state(txn)
-                self._make_room(txn, used - used // 4, used)
-            return self._put(items, self.max_bytes)
+                least = used - used // 4 if least is None else least
+                if used <= least:
+                    return dropped
+                dropped += self._make_room(txn, max(least, used - step), used)[1]
+            step *= 2
 
     def _put(self, items: Sequence[Item], budget: int) -> list[Item]:
         dropped: list[Item] = []
@@ -123,7 +140,7 @@ class DiskTier(Tier):
             self._write_touches(txn)
             used, number = self._state(txn)
             for key, value in items:
-                size = len(key) + len(value)
+                size = footprint(key, len(value))
                 if size > budget:
                     dropped.append((key, value))
                     continue
@@ -157,7 +174,7 @@ class DiskTier(Tier):
                     yield StoredItem(bytes(key), len(value), bytes(value[:head_bytes]), hits)
 
     def nbytes(self) -> int:
-        """Bytes of keys and values held."""
+        """Bytes that keys and values take in the file."""
         with self._reading() as txn:
             return self._state(txn)[0]
 
@@ -191,7 +208,7 @@ class DiskTier(Tier):
         with self._turn:  # a thread that waits for the lock uses the file
             with contextlib.suppress(lmdb.Error):
                 if self._touched:
-                    with self._env.begin(write=True) as txn:
+                    with self._shared.transaction(write=True) as txn:
                         self._write_touches(txn)
             self._env = None
             self._shared.release()
@@ -199,7 +216,7 @@ class DiskTier(Tier):
     @contextlib.contextmanager
     def lease(self) -> Iterator[None]:
         """Inside, this thread's values are views into the file, valid to the end."""
-        with self._opened().begin(buffers=True) as txn:
+        with self._opened().transaction(buffers=True) as txn:
             self._leased.txn = txn
             try:
                 yield
@@ -212,18 +229,18 @@ class DiskTier(Tier):
         if leased is not None:
             yield leased
             return
-        with self._opened().begin() as txn:
+        with self._opened().transaction() as txn:
             yield txn
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Any]:
-        with self._turn, self._opened().begin(write=True) as txn:
+        with self._turn, self._opened().transaction(write=True) as txn:
             yield txn
 
-    def _opened(self) -> Any:
+    def _opened(self) -> SharedFile:
         if self._env is None or self._closing:
             raise TierError(f"tier {self.name!r} is closed")
-        return self._env
+        return self._shared
 
     def _state(self, txn: Any) -> tuple[int, int]:
         """Bytes held, and the next number in the order of use."""

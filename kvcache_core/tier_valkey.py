@@ -46,7 +46,10 @@ def open_valkey_tier(url: str) -> ValkeyTier:
         ttl, timeout = int(options.get("ttl", 86_400)), float(options.get("timeout", 1.0))
         split = parse_memory(options.get("split", "16MiB"))
     except ValueError as error:
-        raise InvalidInput(f"tier {_shown(url)!r}: {error}; the form is valkey://host:6379/0?ttl=86400") from None
+        raise InvalidInput(
+            f"tier {_shown(url)!r}: {error}; the form is valkey://host:6379/0?ttl=86400&timeout=1.0, with the number "
+            "of a port and a database, and the seconds of ttl and timeout"
+        ) from None
     if not parts.hostname or ttl < 1 or timeout <= 0:
         raise InvalidInput(f"tier {_shown(url)!r} needs a host, a ttl of at least 1 s and a timeout above 0 s")
     password = unquote(parts.password) if parts.password else os.environ.get("KVCACHE_VALKEY_PASSWORD")
@@ -110,7 +113,7 @@ class ValkeyTier(Tier):
         cluster: bool = False,
         tls: dict[str, Any] | None = None,
     ) -> None:
-        self.name = f"valkey://{host}:{port}/{database}"
+        self.name = f"valkey{'s' if tls else ''}://{host}:{port}/{database}"
         self._ttl, self._split = ttl, split_bytes
         self._lock = threading.Lock()
         self._call = Breaker(self.name, self._forget).call
@@ -137,7 +140,7 @@ class ValkeyTier(Tier):
             if not cluster and self._client.ping() is not True:
                 raise TierError("it does not answer PING")
         except Exception as error:
-            raise TierError(f"tier {self.name!r} cannot be used: {remedy(error)}") from error
+            raise TierError(f"tier {self.name!r} cannot be used: {remedy(error, tls=bool(tls))}") from error
 
     def get_many(self, keys: Sequence[bytes]) -> list[Buffer | None]:
         """The value of each key, or None: one MGET, and one more if values lie there in parts.

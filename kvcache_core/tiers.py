@@ -66,6 +66,10 @@ class Tier(ABC):
     def put_many(self, items: Sequence[Item]) -> list[Item]:
         """Store values; returns those that were dropped for room, if they are worth handing to the next tier."""
 
+    def peek(self, key: bytes) -> Buffer | None:
+        """The value of a key, or None, for ``kvcache inspect``: where uses are counted or ordered, this is none."""
+        return self.get_many([key])[0]
+
     def lease(self) -> AbstractContextManager[None]:
         """Inside, what :meth:`get_many` returns to this thread may be views that end with it: saves a copy."""
         return nullcontext()

@@ -164,15 +164,18 @@ class ClusterNodes:
             )
 
 
-def remedy(error: Exception) -> str:
+def remedy(error: Exception, *, tls: bool) -> str:
     """What went wrong at the first contact, and what to do."""
     text = f"{type(error).__name__}: {error}"
+    other = "it speaks TLS at all (else valkey://)" if tls else "it wants TLS (valkeys://)"
+    if "Cluster mode is not enabled" in text:
+        return f"it is no part of a cluster ({text}); leave out ?cluster=on"
     if isinstance(error, valkey.AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
         return f"wrong or missing password ({text}); put it into the URL or into KVCACHE_VALKEY_PASSWORD"
     if isinstance(error, valkey.TimeoutError):
-        return f"no answer ({text}); check host and port, and whether it wants TLS (valkeys://)"
+        return f"no answer ({text}); check host and port, and whether {other}"
     if "SSL" in text or "CERTIFICATE" in text:
         return f"TLS failed ({text}); use valkey:// for a server without TLS, or name its certificate with ?ca=FILE"
     if isinstance(error, (valkey.exceptions.InvalidResponse, valkey.ResponseError, TierError)):
-        return f"it is no Valkey or Redis server, or refuses to serve ({text})"
-    return f"no connection ({text}); check host and port, and whether it wants TLS (valkeys://)"
+        return f"it is no Valkey or Redis server, or refuses to serve ({text}); check host, port and database"
+    return f"no connection ({text}); check host and port, and whether {other}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -45,6 +46,27 @@ def test_looking_makes_nothing(tmp_path):
     assert code == 2
     assert "nothing lies at" in text
     assert not (tmp_path / "mistyped").exists()
+    (tmp_path / "other").mkdir()
+    code, text = run("inspect", f"disk:{tmp_path / 'other'}?max=8MiB")
+    assert code == 2
+    assert "no data.mdb" in text
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_looking_is_no_use(url):
+    """Neither the counts of hits nor the order of use change."""
+    tier = open_tier(url)
+    keys = [item.key for item in tier.items()]
+    tier.get_many(keys[:3])
+    tier.close()
+    for _ in range(2):
+        assert run("inspect", url, "--verify")[0] == 0
+    tier = open_tier(url)
+    assert [(item.key, item.hits) for item in tier.items()] == [
+        *((key, 0) for key in keys[3:]),
+        *((key, 1) for key in keys[2::-1]),
+    ]
+    tier.close()
 
 
 def test_verify_finds_the_damaged_one(url):
@@ -87,6 +109,20 @@ def test_a_saved_cache_can_be_inspected_and_not_pruned(tmp_path, url):
     code, text = run("inspect", f"file:{tmp_path / 'saved'}", "--prune", "--model", WEIGHTS.hex())
     assert code == 2
     assert "cannot delete" in text
+
+
+def test_prune_by_age(url, monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3000)
+    cache = Cache(20, [url])
+    cache.run(prompt(3))
+    assert cache.stack.close()
+    monkeypatch.setattr(time, "time", lambda: now + 3700)
+    assert "deleted 0 blocks" in run("inspect", url, "--prune", "--older-than", "2h")[1]
+    assert "deleted 20 blocks" in run("inspect", url, "--prune", "--older-than", "1h")[1]
+    tier = open_tier(url)
+    assert len(list(tier.items())) == 10, "the newer ones stay"
+    tier.close()
 
 
 def test_prune(url):

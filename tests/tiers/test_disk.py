@@ -20,6 +20,7 @@ import pytest
 from kvcache_core import InvalidInput, KVCacheWarning
 from kvcache_core.blockformat import ArrayEntry, BlockCodec
 from kvcache_core.errors import TierError
+from kvcache_core.lmdbfile import _is_damaged, footprint
 from kvcache_core.opentiers import tier_key
 from kvcache_core.tier_disk import DiskTier
 from kvcache_core.tiers import open_tier
@@ -61,10 +62,10 @@ def verifies(number: int, one: bytes) -> bool:
 
 def test_the_least_recently_used_goes_first(tmp_path):
     tier = DiskTier(tmp_path, MIB, sync=False)
-    for number in range(90):
+    for number in range(75):
         tier.put_many([(key(number), value(number))])
     tier.get_many([key(0), key(1)])
-    for number in range(90, 110):
+    for number in range(75, 110):
         tier.put_many([(key(number), value(number))])
     assert (tier.nbytes() or 0) <= MIB
     there = [number for number in range(110) if tier.contains(key(number))]
@@ -80,7 +81,34 @@ def test_the_file_stays_near_its_budget_whatever_is_written(tmp_path):
         tier.put_many([(key(number), draw.randbytes(draw.choice([10, 3000, 9000, 70_000])))])
         assert (tier.nbytes() or 0) <= 2 * MIB
     assert (tmp_path / "data.mdb").stat().st_size <= 2 * MIB * 1.25 + (16 << 20)
-    assert sum(item.nbytes + len(item.key) for item in tier.items()) == tier.nbytes()
+    assert sum(footprint(item.key, item.nbytes) for item in tier.items()) == tier.nbytes()
+    tier.close()
+
+
+@pytest.mark.parametrize("size", [pytest.param(500, marks=pytest.mark.slow), 2300, 4200])
+def test_values_that_fill_their_pages_badly_never_fill_the_file(tmp_path, size):
+    """A large value has whole pages, so the file would reach its end long before such values reach the budget."""
+    tier = DiskTier(tmp_path, 48 * MIB, sync=False)
+    draw = random.Random(0)
+    for _ in range(2 * 48 * MIB // size // 400):
+        last = (draw.randbytes(35), draw.randbytes(size))
+        tier.put_many([*((draw.randbytes(35), bytes(size)) for _ in range(399)), last])
+    assert (tmp_path / "data.mdb").stat().st_size <= 48 * MIB * 1.25 + (16 << 20)
+    assert 0.95 * 48 * MIB < (tier.nbytes() or 0) <= 48 * MIB
+    assert tier.get_many([last[0]]) == [last[1]]
+    tier.close()
+
+
+def test_a_smaller_budget_than_the_files(tmp_path):
+    tier = DiskTier(tmp_path, 32 * MIB, sync=False)
+    tier.put_many([(key(number), value(number)) for number in range(2500)])
+    tier.close()
+    size = (tmp_path / "data.mdb").stat().st_size
+    tier = DiskTier(tmp_path, MIB, sync=False)
+    tier.put_many([(key(2500), value(2500))])
+    assert 0 < (tier.nbytes() or 0) <= MIB
+    assert (tmp_path / "data.mdb").stat().st_size < size * 1.1
+    assert tier.get_many([key(0), key(2500)]) == [None, value(2500)]
     tier.close()
 
 
@@ -155,6 +183,85 @@ def test_several_processes_write_and_read_one_file(tmp_path):
     mine.close()
 
 
+GROWS = """
+import os, sys
+from tests.tiers.test_disk import DiskTier
+tier = DiskTier(sys.argv[1], 256 << 20, sync=False)
+print("open", flush=True)
+for number in range(int(sys.argv[2])):
+    tier.put_many([(os.urandom(20), os.urandom(3000)) for _ in range(100)])
+tier.close()
+"""
+
+
+def growing(path: Path, count: int) -> subprocess.Popen[str]:
+    """A process that makes the file larger, by so many times 400 kB."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", GROWS, str(path), str(count)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "open\n"
+    return process
+
+
+def test_a_file_that_another_process_makes_larger_is_not_taken_for_damaged(tmp_path):
+    filled(tmp_path)
+    process = growing(tmp_path, 100_000)
+    for _ in range(12):
+        tier = DiskTier(tmp_path, 8 * MIB, sync=False)
+        assert verified(tier, 100) == 100
+        tier.close()
+    assert process.poll() is None, "it still writes"
+    process.kill()
+    process.communicate()
+    assert not list(tmp_path.glob("*.damaged"))
+
+
+def test_a_process_with_a_larger_budget_makes_the_file_larger_than_mine(tmp_path):
+    mine = DiskTier(tmp_path, 4 * MIB, sync=False)
+    mine.put_many([(key(1), value(1))])
+    growing(tmp_path, 100).communicate(timeout=60)
+    assert (tmp_path / "data.mdb").stat().st_size > 30 * MIB
+    with mine.lease():
+        assert mine.get_many([key(1)]) == [value(1)]
+    mine.put_many([(key(2), value(2))])
+    assert mine.get_many([key(2)]) == [value(2)]
+    mine.close()
+
+
+def test_a_file_that_outgrew_mine_waits_for_threads_that_use_it(tmp_path):
+    mine = DiskTier(tmp_path, 4 * MIB, sync=False)
+    mine.put_many([(key(1), value(1))])
+    inside, go = threading.Event(), threading.Event()
+
+    def use() -> None:
+        with mine.lease():
+            inside.set()
+            go.wait(60)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    assert inside.wait(60)
+    growing(tmp_path, 100).communicate(timeout=60)
+    with pytest.raises(TierError, match="cannot be mapped while it is in use"):
+        mine.get_many([key(1)])
+    go.set()
+    thread.join()
+    assert mine.get_many([key(1)]) == [value(1)]
+    mine.close()
+
+
+def test_a_file_that_cannot_be_examined_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    filled(tmp_path)
+    monkeypatch.setattr(sys, "path", [])  # the client cannot be imported
+    assert not _is_damaged(tmp_path, 64 * MIB)
+    monkeypatch.undo()
+    assert not _is_damaged(tmp_path, 64 * MIB)
+    assert not _is_damaged(tmp_path, 1 << 60), "more than can be mapped"
+    (tmp_path / "data.mdb").write_bytes(bytes(100_000))
+    assert _is_damaged(tmp_path, 64 * MIB)
+
+
 def killed(path: Path, times: int) -> tuple[int, int]:
     """Kill a writer so often; the requests that a cache over its file answers after that, and tokens from the file."""
     draw = random.Random(0)
@@ -169,7 +276,7 @@ def killed(path: Path, times: int) -> tuple[int, int]:
         process.stdout.close()
         tier = DiskTier(path, 8 * MIB, sync=False)
         there = verified(tier, 60)
-        assert sum(item.nbytes + len(item.key) for item in tier.items()) == tier.nbytes()
+        assert sum(footprint(item.key, item.nbytes) for item in tier.items()) == tier.nbytes()
         tier.put_many([(b"turn", b"%d" % turn)])
         cache = Cache(6, [tier])
         turns(cache, 4)
@@ -208,7 +315,9 @@ def filled(path: Path) -> Path:
 def test_a_truncated_file_is_set_aside(tmp_path, share):
     file = filled(tmp_path)
     os.truncate(file, int(file.stat().st_size * share))
-    tier = DiskTier(tmp_path, 8 * MIB, sync=False)
+    with pytest.warns(KVCacheWarning, match=r"its file was damaged and is data.mdb.*.damaged now"):
+        tier = DiskTier(tmp_path, 8 * MIB, sync=False)
+    assert len(list(tmp_path.glob("*.damaged"))) == 1
     assert verified(tier, 100) == 0
     tier.put_many([(key(1), value(1))])
     assert tier.get_many([key(1)]) == [value(1)]
@@ -227,7 +336,9 @@ def test_a_file_overwritten_with_noise(tmp_path, seed):
         for _ in range(200 if seed % 2 else 3):
             handle.seek(draw.randrange(file.stat().st_size - 4096))
             handle.write(draw.randbytes(draw.choice([1, 100, 4096])))
-    tier = DiskTier(tmp_path, 8 * MIB, sync=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KVCacheWarning)
+        tier = DiskTier(tmp_path, 8 * MIB, sync=False)
     found = tier.get_many([key(number) for number in range(100)])
     tier.put_many([(key(101), value(101))])
     assert tier.get_many([key(101)]) == [value(101)]

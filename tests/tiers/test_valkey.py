@@ -383,7 +383,7 @@ def test_no_valkey_at_the_other_end():
     with socket.create_server(("127.0.0.1", 0)) as server:
         thread = threading.Thread(target=_answer_http, args=(server,), daemon=True)
         thread.start()
-        with pytest.raises(TierError, match="cannot be used"):
+        with pytest.raises(TierError, match=r"it is no Valkey or Redis server.*check host, port and database"):
             open_tier(f"valkey://127.0.0.1:{server.getsockname()[1]}/0?timeout=0.3")
 
 
@@ -414,8 +414,15 @@ def test_passwords(monkeypatch):
 
 
 def test_tls_where_there_is_none(valkey_server):
-    with pytest.raises(TierError, match="cannot be used"):
+    with pytest.raises(TierError, match=r"tier 'valkeys://.* cannot be used.*valkey://"):
         open_tier(f"valkeys://127.0.0.1:{valkey_server.port}/0?timeout=0.3")
+
+
+def test_no_cluster_and_no_such_database(valkey_server):
+    with pytest.raises(TierError, match=r"no part of a cluster .*leave out \?cluster=on"):
+        open_tier(f"valkey://127.0.0.1:{valkey_server.port}/0?cluster=on")
+    with pytest.raises(TierError, match=r"DB index is out of range.*check host, port and database"):
+        open_tier(f"valkey://127.0.0.1:{valkey_server.port}/99")
 
 
 # ---- TLS --------------------------------------------------------------------------------------------------------
