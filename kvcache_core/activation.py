@@ -237,7 +237,7 @@ class ActivationSite(ABC):
             return f"the output cannot be kept per sample: {error}"
         shapes = [tuple(leaf.shape) for leaf in leaves]
         if not shapes or any(not shape or shape[0] != count for shape in shapes):
-            return f"the output has no row per sample: for {count} samples its shapes are {shapes}"
+            return f"the output has no row per sample (for {count} samples its shapes are {shapes})"
         columns = [self.copies(leaf) for leaf in leaves]
         return [(tree, [row for row, _ in rows], sum(size for _, size in rows)) for rows in zip(*columns, strict=True)]
 

@@ -431,7 +431,9 @@ def test_outputs_without_a_row_per_sample_are_computed_as_outside(output):
     with pytest.warns(KVCacheWarning, match="output"):
         cached(cache, rows(0))
     cached(cache, rows(0))
-    assert cache.stats().bypassed_calls == 2 and cache.stats().entries == 0
+    cached(cache, rows(0)[:1])
+    assert cache.stats().bypassed_calls == 3 and cache.stats().entries == 0
+    assert len(cache.stats().bypass_reasons) == 1, "not one for each size of batch"
 
 
 def test_a_shape_that_depends_on_the_other_samples_is_noticed():
