@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -28,7 +29,10 @@ LOCK_SECONDS = 10.0
 _FORMAT = b"kvcache-disk-1"
 _NAMES = (b"values", b"records", b"order", b"meta")
 _READERS = 512
-_DAMAGED = 3
+_DAMAGED = {3, *(-getattr(signal, name, 0) for name in ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE"))} - {0}
+"""Exit codes of the check: it says so, or the file has crashed it. Whoever was killed has found nothing."""
+
+_CHECK_SECONDS = 600
 _CHECK = """
 import sys
 sys.path[:] = sys.argv[4:]
@@ -101,7 +105,8 @@ class SharedFile:
         file = path / "data.mdb"
         largest = max(max_bytes, file.stat().st_size if file.exists() else 0)  # the budget may have been larger
         map_size = largest + largest // 4 + (16 << 20)
-        if file.exists() and _is_damaged(path, map_size):
+        inode = file.stat().st_ino if file.exists() else None
+        if inode and _is_damaged(path, map_size) and file.stat().st_ino == inode:  # else another process was faster
             aside = path / f"data.mdb.{int(time.time())}-{os.getpid()}.damaged"
             file.rename(aside)
             with contextlib.suppress(OSError):
@@ -246,10 +251,9 @@ def _is_damaged(path: Path, map_size: int) -> bool:
     """Whether the file cannot be read from end to end: tried in another process, which a damaged file may crash."""
     if not sys.executable:
         return False
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", _CHECK, str(path), str(map_size), str(_READERS), *sys.path],
-        capture_output=True,
-        check=False,
-        timeout=600,
-    )
-    return done.returncode == _DAMAGED or done.returncode < 0
+    command = [sys.executable, "-I", "-c", _CHECK, str(path), str(map_size), str(_READERS), *sys.path]
+    try:
+        done = subprocess.run(command, capture_output=True, check=False, timeout=_CHECK_SECONDS)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode in _DAMAGED

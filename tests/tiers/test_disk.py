@@ -17,7 +17,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from kvcache_core import InvalidInput, KVCacheWarning
+from kvcache_core import InvalidInput, KVCacheWarning, lmdbfile
 from kvcache_core.blockformat import ArrayEntry, BlockCodec
 from kvcache_core.errors import TierError
 from kvcache_core.lmdbfile import _is_damaged, footprint
@@ -260,6 +260,39 @@ def test_a_file_that_cannot_be_examined_is_not_taken_for_damaged(tmp_path, monke
     assert not _is_damaged(tmp_path, 1 << 60), "more than can be mapped"
     (tmp_path / "data.mdb").write_bytes(bytes(100_000))
     assert _is_damaged(tmp_path, 64 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("end", "damaged"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", True),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGBUS)", True),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", False),
+        ("raise SystemExit(1)", False),
+        ("import time; time.sleep(60)", False),
+    ],
+)
+def test_a_check_that_ends_early_proves_damage_only_if_the_file_crashed_it(tmp_path, monkeypatch, end, damaged):
+    filled(tmp_path)
+    monkeypatch.setattr(lmdbfile, "_CHECK", end)
+    monkeypatch.setattr(lmdbfile, "_CHECK_SECONDS", 0.5 if "sleep" in end else 30)
+    assert _is_damaged(tmp_path, 64 * MIB) is damaged
+
+
+def test_what_another_process_has_begun_anew_is_not_set_aside(tmp_path, monkeypatch):
+    filled(tmp_path)
+    begun = filled(tmp_path / "new")
+
+    def late(path: Path, map_size: int) -> bool:
+        (path / "data.mdb").rename(path / "data.mdb.other.damaged")
+        begun.rename(path / "data.mdb")
+        return True
+
+    monkeypatch.setattr(lmdbfile, "_is_damaged", late)
+    tier = DiskTier(tmp_path, 8 * MIB, sync=False)
+    assert verified(tier, 100) == 100
+    assert len(list(tmp_path.glob("*.damaged"))) == 1
+    tier.close()
 
 
 def killed(path: Path, times: int) -> tuple[int, int]:
