@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from kvcache_core.errors import CacheFull
 from kvcache_core.frontend import FrontendCache
 from kvcache_core.match import LayerGroup
+from kvcache_core.readahead import Ahead
 from kvcache_core.recompute import RecomputeDecoder
 from kvcache_core.sequence import Sequence as CachedSequence
 from kvcache_core.types import TokenIds
@@ -92,6 +93,9 @@ class Decoder(Protocol):
     def cached_length(self, tokens: Sequence[int]) -> int:
         """How many leading tokens are in the cache now."""
 
+    def prefetch(self, tokens: Sequence[int], worth: int) -> Ahead:
+        """Begin to read what :meth:`open` will want, if waiting for it takes as long as computing ``worth`` tokens."""
+
 
 class CacheDecoder:
     """Generation's view of a cache (:class:`Decoder`)."""
@@ -123,6 +127,10 @@ class CacheDecoder:
     def cached_length(self, tokens: Sequence[int]) -> int:
         """How many leading tokens are in the cache now."""
         return self._cache.core.cached_length(tokens, self._cache.salt)
+
+    def prefetch(self, tokens: Sequence[int], worth: int) -> Ahead:
+        """Begin to read what the tiers have of a prompt that waits."""
+        return self._cache.prefetch(tokens, worth)
 
     def step_all(self, seqs: Sequence[CachedSequence], tokens: Sequence[TokenIds]) -> list[NDArray[Any]]:
         """Logits behind each new token, per row [T, V]."""

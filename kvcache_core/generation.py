@@ -108,6 +108,7 @@ class _Batch:
             self._joining = self._running(self._joining)
             steps = 1
         else:
+            steps = 1 if queue.reading else steps
             # Rows whose prompts were computed together start together: a larger batch costs little more.
             self._rows += self._joining
             self._joining = []

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 
-from kvcache_core.cache import BlockCache
+from kvcache_core.blockformat import BlockCodec
+from kvcache_core.cache import BlockCache, token_array
 from kvcache_core.errors import CacheFull
-from kvcache_core.keys import root_key
+from kvcache_core.keys import chain_keys, root_key
 from kvcache_core.opentiers import OpenTiers, Wanted, tier_key
 from kvcache_core.poolitems import Codecs
+from kvcache_core.readahead import Ahead
 from kvcache_core.sequence import Sequence as CachedSequence
 from kvcache_core.store import KVStore
+from kvcache_core.types import TokenIds
 
 __all__ = ["Promotion"]
 
@@ -65,12 +69,22 @@ class Promotion:
         codecs = self._codecs.get(root_key(size, seq.namespace, seq.salt))
         if first >= last or codecs is None:
             return []
-        used = range(len(seq.tables))
-        count = max(1, _CHUNK_BYTES // sum(codecs[group].value_bytes for group in used))
-        return [
-            [Wanted(tier_key("block", group, key), partial(codecs[group].decode, key)) for group in used]
-            for key in seq.prompt_keys[first : min(last, first + count)]
-        ]
+        used = codecs[: len(seq.tables)]
+        return _rows(used, seq.prompt_keys[first : min(last, first + _per_chunk(used))])
+
+    def prefetch(self, token_ids: TokenIds, salt: bytes, seconds_per_token: float, worth: int) -> Ahead:
+        """See :meth:`~kvcache_core.tiering.TierStack.prefetch`."""
+        core, size = self._core, self._core.block_size
+        tokens = token_array(token_ids, "a prompt")
+        first, last = core.cached_length(tokens, salt) // size, (len(tokens) - 1) // size
+        root = root_key(size, core.namespace, salt)
+        codecs = self._codecs.get(root)
+        if first >= last or codecs is None:
+            return Ahead()
+        used = codecs[: sum(group.kind != "output" for group in core.groups)]
+        rows = _rows(used, chain_keys(root, tokens[: last * size].tobytes(), size, {})[first:])
+        seconds = seconds_per_token * size
+        return self._tiers.read_ahead(rows, _per_chunk(used), _row_bytes(used), seconds, worth * seconds_per_token)
 
     def _promote_rows(self, seq: CachedSequence, rows: list[Row], seconds_per_token: float) -> int:
         """Promote the head of ``rows`` that is complete, in one transaction; returns how many."""
@@ -107,7 +121,7 @@ class Promotion:
             if not block
         ]
         codecs = self._codecs[root_key(self._core.block_size, seq.namespace, seq.salt)]
-        nbytes = sum(codecs[group].value_bytes for group in range(len(seq.tables)))
+        nbytes = _row_bytes(codecs[: len(seq.tables)])
         self._tiers.read(missing, nbytes, seconds_per_token * self._core.block_size)
         return self._export_pooled(seq, rows)
 
@@ -129,3 +143,21 @@ class Promotion:
                     if one.payload is None:
                         one.payload = self._store.export_blocks(group, [block])[0].data
         return len(rows)
+
+
+def _rows(codecs: Sequence[BlockCodec], keys: Sequence[bytes]) -> list[Row]:
+    """What is wanted of the blocks with these chained keys."""
+    return [
+        [Wanted(tier_key("block", group, key), partial(codec.decode, key)) for group, codec in enumerate(codecs)]
+        for key in keys
+    ]
+
+
+def _row_bytes(codecs: Sequence[BlockCodec]) -> int:
+    """Bytes of the values of one block of tokens."""
+    return sum(codec.value_bytes for codec in codecs)
+
+
+def _per_chunk(codecs: Sequence[BlockCodec]) -> int:
+    """Blocks of tokens that are promoted in one transaction."""
+    return max(1, _CHUNK_BYTES // _row_bytes(codecs))

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcache_core.errors import UsageError
+from kvcache_core.readahead import Ahead
 from kvcache_core.sampling import top
 
 __all__ = ["RecomputeDecoder"]
@@ -95,6 +96,10 @@ class RecomputeDecoder:
     def cached_length(self, tokens: Sequence[int]) -> int:
         """As if all were there: no prompt waits for another one's prefix."""
         return len(tokens)
+
+    def prefetch(self, tokens: Sequence[int], worth: int) -> Ahead:
+        """Nothing: nothing is kept."""
+        return Ahead()
 
 
 class _PlainSequence:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvcache_core.decoder import Decoder
+from kvcache_core.readahead import Ahead
 from kvcache_core.stepping import check_chunk
 
 __all__ = ["WEIGHTS_IN_TOKENS", "Job", "PromptQueue", "pack"]
@@ -20,6 +22,8 @@ WEIGHTS_IN_TOKENS = 32
 one's prefix, and rows are padded to a common length, if that saves or costs about this much."""
 
 _HEAD = WEIGHTS_IN_TOKENS
+_AHEAD = 8
+"""Prompts that are read ahead at a time: enough for one to be there whenever there is room."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +37,7 @@ class Job:
         copies: continuations that will fork from it.
         keep: tokens at its end that are not computed here.
         seq: its sequence, once it is admitted.
+        ahead: what is read of it while it waits.
     """
 
     at: int
@@ -43,6 +48,7 @@ class Job:
     seq: Any = None
     ids: NDArray[np.int64] = field(init=False, repr=False)
     head: bytes = field(init=False, repr=False)
+    ahead: Ahead | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         self.ids = np.asarray(self.tokens, np.int64)
@@ -62,6 +68,11 @@ class PromptQueue:
         jobs: the prompts, in the order they came.
         chunk: tokens of one step over the whole batch, at most; None for no limit.
 
+    Attributes:
+        waiting: prompts that wait.
+        computing: prompts that are being computed.
+        reading: how many wait for what is read of them.
+
     Raises:
         CacheFull: a prompt that cannot run even alone.
     """
@@ -70,27 +81,51 @@ class PromptQueue:
         self._decoder = decoder
         self._chunk = check_chunk(chunk) if decoder.cached else None
         self.waiting = deque(jobs)
+        self._all = list(self.waiting)
         self.computing: list[Job] = []
+        self.reading = 0
         for job in self.waiting:
             decoder.check_fits(len(job.tokens), job.new, job.copies)
 
     def admit(self, others: Sequence[tuple[Job, Any]]) -> None:
         """Open the waiting prompts that fit beside ``others``, the (job, sequence) rows that run already.
 
-        A prompt whose prefix another one is computing now waits for it, and lets those behind it pass.
+        A prompt whose prefix another one is computing now waits for it, and lets those behind it pass. So does one
+        that is read from slow tiers, while there is anything to compute.
         """
         deferred: list[Job] = []
-        while self.waiting:
+        self.reading = 0
+        while self.waiting and self.reading < _AHEAD:
             job = self.waiting[0]
             if self._leader_is_ahead(job):
                 deferred.append(self.waiting.popleft())
                 continue
-            if not self._fits(job, [*others, *((other, other.seq) for other in self.computing)]):
+            rows = [*others, *((other, other.seq) for other in self.computing)]
+            if rows and self._is_being_read(job):
+                self.reading += 1
+                deferred.append(self.waiting.popleft())
+                continue
+            if not self._fits(job, rows):
                 break
-            self.waiting.popleft()
-            job.seq = self._decoder.open(job.tokens, job.new)
-            self.computing.append(job)
+            self._open(self.waiting.popleft())
+        behind = list(islice(self.waiting, _AHEAD - self.reading))
         self.waiting.extendleft(reversed(deferred))
+        if others or self.computing:
+            for job in behind:
+                if not self._leader_is_ahead(job):
+                    self._is_being_read(job)
+
+    def _open(self, job: Job) -> None:
+        job.seq = self._decoder.open(job.tokens, job.new)
+        self.computing.append(job)
+        if job.ahead is not None:
+            job.ahead.close()
+
+    def _is_being_read(self, job: Job) -> bool:
+        """Whether the tiers are still being read for a prompt; begins to when it is first asked."""
+        if job.ahead is None:
+            job.ahead = self._decoder.prefetch(job.tokens, WEIGHTS_IN_TOKENS)
+        return not job.ahead.done
 
     def _fits(self, job: Job, rows: Sequence[tuple[Job, Any]]) -> bool:
         """Whether there is room beside ``rows``; alone it always fits, or nothing is gained by waiting."""
@@ -132,9 +167,12 @@ class PromptQueue:
         return done
 
     def close(self) -> None:
-        """Close what is not complete."""
+        """Close what is not complete, and read no more."""
         for job in self.computing:
             job.seq.close()
+        for job in self._all:
+            if job.ahead is not None:
+                job.ahead.close()
         self.computing = []
 
 

@@ -13,6 +13,7 @@ from kvcache_core.activation import ActivationSite, Bypassed
 from kvcache_core.errors import CacheFull, InvalidInput, KVCacheWarning
 from kvcache_core.frames import Frames, frames_of, padded
 from kvcache_core.plan import StepPlan
+from kvcache_core.readahead import Ahead
 from kvcache_core.sequence import Sequence as CachedSequence
 from kvcache_core.types import TokenIds
 from kvcache_core.warmstart import WarmStart
@@ -67,6 +68,19 @@ class Serving(WarmStart):
                 seq.close()
                 raise
         return seq
+
+    def prefetch(self, token_ids: TokenIds, worth: int) -> Ahead:
+        """Begin to read what the tiers have of a prompt that waits; close what is returned when it is open.
+
+        Args:
+            token_ids: the prompt.
+            worth: only if it takes as long to wait for the tiers as to compute so many tokens.
+        """
+        core = self.core
+        if self._tiers is None or core.layout is None or self._identified is None:
+            return Ahead()
+        self._tiers.serve(core.layout, core.namespace, self._identified[1], self.salt)
+        return self._tiers.prefetch(token_ids, self.salt, worth)
 
     @contextmanager
     def transaction(self, seqs: Sequence[CachedSequence], token_ids: Sequence[TokenIds]) -> Iterator[StepPlan]:

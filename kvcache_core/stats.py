@@ -30,6 +30,7 @@ class CacheStats:
         saved_output_tokens: tokens whose stored output was returned instead of computed.
         demoted_blocks: evicted blocks that went to a lower tier.
         dropped_blocks: evicted blocks that could not, because too many were waiting to be written.
+        prefetched_blocks: of the promoted ones, those that were read while other prompts were computed.
         promoted_blocks: blocks that came back from a lower tier.
         promoted_tokens: their tokens; part of ``hit_tokens``.
         hit_entries: samples whose activation was found, or computed for an equal sample of the same call.
@@ -62,6 +63,7 @@ class CacheStats:
     saved_output_tokens: int = 0
     demoted_blocks: int = 0
     dropped_blocks: int = 0
+    prefetched_blocks: int = 0
     promoted_blocks: int = 0
     promoted_tokens: int = 0
     hit_entries: int = 0

@@ -10,6 +10,9 @@ __all__ = ["Average", "Costs", "TierStats"]
 _PROBE_EVERY = 64
 """A tier that costs more than computing is tried again once in so many lookups."""
 
+_MOSTLY = 0.5
+"""A tier is slow if so much of the time that loading takes is spent waiting for it: only that can be overlapped."""
+
 
 @dataclass
 class TierStats:
@@ -27,6 +30,7 @@ class TierStats:
         read_bytes: bytes of the values found.
         seconds_per_mib: what loading costs, a moving average; 0.0 before the first hit.
         recompute_seconds_per_mib: what computing as many bytes costs, at the last lookup; 0.0 while that is unknown.
+        waiting_share: how much of loading is waiting for the tier, 0.0 to 1.0; the rest is this process's own work.
     """
 
     name: str
@@ -40,6 +44,7 @@ class TierStats:
     read_bytes: int = 0
     seconds_per_mib: float = 0.0
     recompute_seconds_per_mib: float = 0.0
+    waiting_share: float = 0.0
 
 
 @dataclass
@@ -67,11 +72,24 @@ class Costs:
         self._stats = stats
         self._always = always
         self._loads = [Average() for _ in stats]
+        self._shares = [Average() for _ in stats]
 
-    def loaded(self, number: int, nbytes: int, seconds: float) -> None:
-        """Tier ``number`` took ``seconds`` to give ``nbytes``, verified."""
+    def loaded(self, number: int, nbytes: int, seconds: float, worked: float | None = None) -> None:
+        """Tier ``number`` took ``seconds`` to give ``nbytes``, verified; for ``worked`` of them this thread ran.
+
+        ``worked`` is None where computing went on meanwhile: a thread that waits for a processor is not waiting for a
+        tier.
+        """
         self._loads[number].add(seconds / nbytes)
         self._stats[number].seconds_per_mib = self._loads[number].value * 2**20
+        if worked is not None:
+            self._shares[number].add(max(0.0, 1 - worked / seconds))
+            self._stats[number].waiting_share = self._shares[number].value
+
+    def waiting(self, number: int, nbytes: int) -> float:
+        """Seconds of waiting in loading ``nbytes`` from tier ``number``; 0.0 if most of loading is work."""
+        share = self._shares[number].value
+        return share * self._loads[number].value * nbytes if share >= _MOSTLY else 0.0
 
     def pays(self, number: int, nbytes: int, compute_seconds: float) -> bool:
         """Whether loading ``nbytes`` from tier ``number`` costs less than computing them.

@@ -19,12 +19,13 @@ from kvcache_core.layout import BlockLayout
 from kvcache_core.opentiers import OpenTiers
 from kvcache_core.poolitems import block_codecs, block_items, key_of, pool_items
 from kvcache_core.promotion import Promotion
+from kvcache_core.readahead import Ahead
 from kvcache_core.sequence import Sequence as CachedSequence
 from kvcache_core.staging import Staging
 from kvcache_core.store import KVStore
 from kvcache_core.tiercosts import Average, TierStats
 from kvcache_core.tiers import Item, Tier
-from kvcache_core.types import Evicted
+from kvcache_core.types import Evicted, TokenIds
 from kvcache_core.waiting import within
 
 __all__ = ["TierStack", "TierStats"]
@@ -189,6 +190,18 @@ class TierStack(OpenTiers):
         self.promoted_blocks += blocks
         self.promoted_tokens += tokens
 
+    def prefetch(self, tokens: TokenIds, salt: bytes, worth: int) -> Ahead:
+        """Begin to read what :meth:`promote` will ask for when this prompt is opened.
+
+        Args:
+            tokens: a prompt that waits.
+            salt: whose it is.
+            worth: only if it takes as long to wait for the tiers as to compute so many tokens.
+        """
+        if self._promotion is None or not self.slow_tiers():
+            return Ahead()
+        return self._promotion.prefetch(tokens, salt, self._compute.value, worth)
+
     def computed(self, tokens: int, longest: int, seconds: float) -> None:
         """A step has computed ``tokens``, ``longest`` of them in one row, in ``seconds``: what loading has to beat."""
         # A decode step's fixed cost says nothing about a prompt, and the first prompts compile graphs.
@@ -206,6 +219,7 @@ class TierStack(OpenTiers):
         return {
             "demoted_blocks": self.demoted_blocks,
             "dropped_blocks": self.dropped_blocks,
+            "prefetched_blocks": self.prefetched_blocks,
             "promoted_blocks": self.promoted_blocks,
             "promoted_tokens": self.promoted_tokens,
         }

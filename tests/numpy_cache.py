@@ -46,11 +46,11 @@ class NumpyCache(FrontendCache):
         fail_at: number of the step that raises, or None.
     """
 
-    def __init__(self, config: DecoderConfig, num_blocks: int) -> None:
-        super().__init__(num_blocks, block_size=config.block_size)
+    def __init__(self, config: DecoderConfig, num_blocks: int, **options: Any) -> None:
+        super().__init__(num_blocks, block_size=config.block_size, **options)
         self.steps: list[tuple[int, int]] = []
         self.fail_at: int | None = None
-        self.attach(NumpyModel(config), outputs="last")
+        self.attach(NumpyModel(config), outputs="last", identity="numpy")
         for array in self.store.arrays.values():
             array.fill(np.nan)  # whoever reads a slot that no token was written to gets NaN
 

@@ -42,7 +42,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("saving", "budget"),
     ("tiers", "lmdbfile", "splitting", "valkeynodes"),
     ("tier_disk", "tier_valkey", "tier_file"),
-    ("tiercosts", "demotion", "tier_contract", "simulate"),
+    ("tiercosts", "demotion", "readahead", "tier_contract", "simulate"),
     ("opentiers",),
     ("entrytiers",),
     ("poolitems",),
