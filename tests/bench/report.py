@@ -41,7 +41,6 @@ ORDER = (
     "core_trace",
     "tiers_restore",
     "tiers_step",
-    "tiers_overlap",
     "tiers_trace",
 )
 

