@@ -19,7 +19,7 @@ from kvcache_core.errors import InvalidInput, UsageError
 from kvcache_core.inputs import check_size
 from kvcache_core.pool import BlockPool
 from kvcache_core.sharing import LimitOf, UseClock, no_limit
-from kvcache_core.types import NULL_BLOCK
+from kvcache_core.types import NULL_BLOCK, id_array
 
 __all__ = ["EntryCache"]
 
@@ -72,6 +72,7 @@ class EntryCache:
         self._pool = BlockPool(_FIRST_CAPACITY if size is None else size, clock)
         self._blocks: dict[bytes, int] = {}
         self._contents: dict[int, Entry] = {}
+        self._stored: list[int] = []
         self._sizes = np.zeros(self._pool.num_blocks + 1, np.int64)
         self.below: Below | None = None
         self.limit: LimitOf = no_limit
@@ -139,6 +140,7 @@ class EntryCache:
             for entry in self.below.find(form, missing) if missing else ():
                 with self._lock:
                     self._store(entry)
+                    self._settle()
         found: list[Any] = []
         blocks: dict[int, None] = {}  # in order, each once
         compute: list[int] = []
@@ -158,9 +160,7 @@ class EntryCache:
                     first[key] = len(compute)
                     compute.append(sample)
                 sources[sample] = first[key]
-            # Held and let go: that is how a use enters the LRU order.
-            self._pool.retain(list(blocks))
-            self._pool.release(list(blocks))
+            self._pool.use(list(blocks))
             self.hit_entries += len(keys) - len(compute)
             self.miss_entries += len(compute)
         return EntryLookup(keys, found, compute, sources)
@@ -176,22 +176,30 @@ class EntryCache:
         """
         rest = sum(sizes)
         with self._lock:
-            for sample, payload, size in zip(lookup.compute, payloads, sizes, strict=True):
-                entry = Entry(lookup.keys[sample], payload, size, form)
-                rest -= size
-                if entry.key in self._blocks:
-                    continue  # another thread was faster
-                if not self.admit.admit(entry.key) or not self._store(entry, rest):
-                    self.refused_entries += 1
-                elif self.below is not None:
-                    self.below.kept(entry)
+            try:
+                for sample, payload, size in zip(lookup.compute, payloads, sizes, strict=True):
+                    entry = Entry(lookup.keys[sample], payload, size, form)
+                    rest -= size
+                    if entry.key in self._blocks:
+                        continue  # another thread was faster
+                    if not self.admit.admit(entry.key) or not self._store(entry, rest):
+                        self.refused_entries += 1
+                    elif self.below is not None:
+                        self.below.kept(entry)
+            finally:
+                self._settle()
 
     def _store(self, entry: Entry, rest: int = 0) -> bool:
-        """Give an entry a block, if there is room or can be; whether it has one. ``rest`` bytes come behind it."""
+        """Give an entry a block, if there is room or can be; whether it has one. ``rest`` bytes come behind it.
+
+        The block is live until :meth:`_settle`.
+        """
         if entry.key in self._blocks:
             return True
         if not self._make_room(entry.nbytes, rest):
             return False
+        if not self._pool.num_available:
+            self._settle()
         block, was_evicted = self._pool.take_one()
         if was_evicted:
             self._forget([block])
@@ -199,9 +207,16 @@ class EntryCache:
         self._contents[block] = entry
         self._sizes[block] = entry.nbytes
         self.bytes += entry.nbytes
-        self._pool.mark_findable(block)
-        self._pool.release_one(block)
+        self._stored.append(block)
         return True
+
+    def _settle(self) -> None:
+        """Let go of the blocks that entries were given, before one of them can be evicted: the first one goes first."""
+        if self._stored:
+            blocks = id_array(self._stored[::-1])
+            self._stored.clear()
+            self._pool.mark_all_findable(blocks)
+            self._pool.release(blocks)
 
     def resize(self, size: int | None = None, *, memory: int | None = None) -> None:
         """Change the limit, also its kind; shrinking evicts.
@@ -242,6 +257,8 @@ class EntryCache:
         """Evict until ``size`` more bytes fit the memory, if they ever can; True if they do."""
         if self.memory is None:
             return True
+        if self.bytes + size > self.memory:
+            self._settle()
         limit = self.limit() if self.bytes + size > self.memory else None
         if not (size <= self.memory if limit is None else limit.could_hold(size, rest)):
             return False

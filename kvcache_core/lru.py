@@ -48,6 +48,11 @@ class ReleaseQueue:
         self._place(blocks, times)
         self.count += len(blocks)
 
+    def renew(self, blocks: BlockArray) -> None:
+        """Put queued blocks, each given once, at the end."""
+        self.push(blocks)
+        self.count -= len(blocks)
+
     def remove(self, blocks: BlockArray) -> None:
         """Take queued blocks, each given once, out of the order."""
         self._stamps.put(blocks, 0)
@@ -124,7 +129,7 @@ class ReleaseQueue:
     def _place(self, blocks: BlockArray, times: NDArray[np.int64] | None) -> None:
         end = self._tail + len(blocks)
         if self._clock is not None:
-            self._times[self._tail : end] = self._clock.tick() if times is None else times
+            self._times[self._tail : end] = self._clock.tick(len(blocks)) if times is None else times
         self._entries[self._tail : end] = blocks
         self._stamps.put(blocks, np.arange(self._tail, end, dtype=np.int32))
         self._tail = end

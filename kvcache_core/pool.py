@@ -160,14 +160,9 @@ class BlockPool:
             gone = gone[findable]
         self.lru.push(gone)
 
-    def release_one(self, block: int) -> None:
-        """:meth:`release` one block, which must be live."""
-        left = self.ref[block] - 1
-        if left < 0:
-            self.release([block])  # says what is wrong
-        self.ref[block] = left
-        if not left:
-            (self.lru.push if self._findable_at[block] else self.free.put)(id_array([block]))
+    def use(self, blocks: Sequence[int]) -> None:
+        """Make cached blocks, each given once, the most recently used: as if retained and released at once."""
+        self.lru.renew(id_array(blocks)[::-1])
 
     def mark_findable(self, block: int) -> None:
         """Keep the content of a live block when its last reference goes.

@@ -10,7 +10,7 @@ __all__ = ["LimitOf", "SharedLimit", "UseClock", "no_limit"]
 
 
 class UseClock:
-    """One lock and one order of uses for all the pools of a cache: a release in any of them has a time of its own.
+    """One lock and one order of uses for all the pools of a cache: each block released in any of them has its own time.
 
     Attributes:
         now: the time of the last release, 0 before the first.
@@ -21,10 +21,10 @@ class UseClock:
         self.now = 0
         self.lock = threading.RLock()
 
-    def tick(self) -> int:
-        """The time of a release that happens now."""
-        self.now += 1
-        return self.now
+    def tick(self, count: int) -> range:
+        """The times of ``count`` blocks that are released now, one behind the other."""
+        self.now += count
+        return range(self.now - count + 1, self.now + 1)
 
 
 class SharedLimit(Protocol):

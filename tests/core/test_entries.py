@@ -77,6 +77,36 @@ def test_bytes_stay_below_the_memory(history, memory):
         assert entries.bytes == sum(naive.values())
 
 
+@given(calls, st.integers(1, 9))
+def test_a_batch_under_a_byte_limit_follows_a_naive_lru(history, memory):
+    entries, naive = EntryCache(memory=memory), OrderedDict()
+    for keys in history:
+        missing = use(entries, *keys, size=2)
+        for key in reversed(dict.fromkeys(keys)):
+            if key in naive:
+                naive.move_to_end(key)
+        for key in missing if memory > 1 else ():
+            naive[key] = True
+            if 2 * len(naive) > memory:
+                naive.popitem(last=False)
+        assert {key for key in "abcdefgh" if key.encode() in entries} == set(naive)
+
+
+def test_a_rule_that_raises_leaves_what_was_kept_before_and_no_live_block():
+    class Rule:
+        def admit(self, key):
+            if key == b"c":
+                raise RuntimeError("a rule of the user's own")
+            return True
+
+    entries = EntryCache(size=4, admit=Rule())
+    with pytest.raises(RuntimeError, match="own"):
+        use(entries, "a", "b", "c", "d")
+    entries.check_valid()
+    assert [key for key in "abcd" if key.encode() in entries] == ["a", "b"]
+    assert use(entries, "a", "b") == []
+
+
 def test_an_entry_larger_than_the_memory_is_refused_and_evicts_nothing():
     entries = EntryCache(memory=10)
     use(entries, "a", size=9)
