@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -15,7 +17,7 @@ from kvcache_core.plan import StepPlan
 from kvcache_core.quantization import decode, encode
 from kvcache_core.types import BlockId
 
-__all__ = ["BlockBytes", "KVStore", "NumpyStore", "allocating", "packed_view"]
+__all__ = ["BlockBytes", "KVStore", "NumpyStore", "allocating", "host_memory", "packed_view"]
 
 BlockBytes = dict[tuple[int, str], NDArray[Any]]
 """One block's content: {(layer, array name): [entries, H, D]}, the same axis order for every store."""
@@ -97,13 +99,23 @@ def allocating(store: KVStore, num_blocks: int) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError, ValueError) as error:
+    except (MemoryError, OSError, OverflowError, RuntimeError, ValueError) as error:
         needed = (num_blocks + 1) * store.layout.bytes_per_block
         raise OutOfMemory(
             f"no memory for {num_blocks} blocks: their arrays take {needed} bytes, beside those of the "
             f"{store.num_blocks} blocks that are there ({store.nbytes} bytes); nothing was changed. Ask for fewer "
             "blocks, or free memory first"
         ) from error
+
+
+def host_memory(nbytes: int) -> mmap.mmap:
+    """Zeros that take memory as they are written, and give it back when they go.
+
+    What ``malloc`` frees between arrays that stay, it may keep: a resize would then cost all new arrays beside the old.
+    """
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, nbytes)
 
 
 def packed_view(packed: NDArray[np.uint8], array: PackedArray) -> NDArray[Any]:
@@ -202,13 +214,14 @@ class NumpyStore:
             self._blocks((array.layer, array.name))[:, list(blocks)] = content
 
     def allocate(self, num_blocks: int) -> dict[tuple[int, str], NDArray[Any]]:
-        """Arrays [H, blocks, entries, D] of zeros, whose memory is not touched; see :meth:`KVStore.allocate`."""
+        """Arrays of zeros [H, blocks, entries, D]; see :meth:`KVStore.allocate`."""
         with allocating(self, num_blocks):
-            return {key: self._zeros(key, num_blocks) for key in self.arrays}
+            return {key: self._new(key, num_blocks) for key in self.arrays}
 
-    def _zeros(self, key: tuple[int, str], num_blocks: int) -> NDArray[Any]:
+    def _new(self, key: tuple[int, str], num_blocks: int) -> NDArray[Any]:
         old = self._blocks(key)
-        return np.zeros((old.shape[0], num_blocks + 1, *old.shape[2:]), old.dtype)
+        shape = (old.shape[0], num_blocks + 1, *old.shape[2:])
+        return np.frombuffer(host_memory(math.prod(shape) * old.itemsize), old.dtype).reshape(shape)
 
     def resize(
         self,

@@ -12,14 +12,13 @@ from unittest import mock
 @contextmanager
 def no_memory(store: Any, at: int = 0) -> Iterator[None]:
     """From the ``at``-th array on that this store allocates now, there is no memory, as its framework says it."""
-    torch = hasattr(store, "_new")
-    name = "_new" if torch else "_zeros"
-    allocate, count = getattr(store, name), itertools.count()
+    torch = hasattr(store, "device")
+    allocate, count = store._new, itertools.count()
 
     def allocate_some(*args: Any) -> Any:
         if next(count) >= at:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory") if torch else MemoryError
         return allocate(*args)
 
-    with mock.patch.object(store, name, allocate_some):
+    with mock.patch.object(store, "_new", allocate_some):
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import tensorflow as tf
 
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.layout import MODEL_DTYPES, SCALED_DTYPES, ArraySpec, BlockLayout, check_dtype, scales_of
-from kvcache_core.store import BlockBytes, allocating, packed_view
+from kvcache_core.store import BlockBytes, allocating, host_memory, packed_view
 from kvcache_core.types import BlockId
 from kvcache_keras.quantization import decoded, encoded, variable_dtype
 
@@ -224,13 +225,14 @@ class TensorStore:
     def allocate(self, num_blocks: int) -> dict[tuple[int, str], np.ndarray[Any, Any]]:
         """Arrays of zeros in the host's memory; see :meth:`~kvcache_core.store.KVStore.allocate`."""
         with allocating(self, num_blocks):
-            return {key: self._zeros(key, num_blocks) for key in self._arrays}
+            return {key: self._new(key, num_blocks) for key in self._arrays}
 
-    def _zeros(self, key: tuple[int, str], num_blocks: int) -> np.ndarray[Any, Any]:
+    def _new(self, key: tuple[int, str], num_blocks: int) -> np.ndarray[Any, Any]:
         """[H, num_blocks + 1, entries, D]."""
         spec = self._specs[key]
         shape = (spec.heads, num_blocks + 1, self.layout.entries_per_block(key[0]), spec.size)
-        return np.zeros(shape, self._arrays[key].dtype.as_numpy_dtype)
+        dtype = np.dtype(self._arrays[key].dtype.as_numpy_dtype)
+        return np.frombuffer(host_memory(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
 
     def resize(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.layout import SCALED_DTYPES, BlockLayout, check_dtype, scales_of
-from kvcache_core.store import BlockBytes, allocating, packed_view
+from kvcache_core.store import BlockBytes, allocating, host_memory, packed_view
 from kvcache_core.types import BlockId
 from kvcache_torch.quantization import DTYPES, STORED, decoded, encoded
 
@@ -253,7 +254,8 @@ class TensorStore:
         old, new = self._blocks(key), self._in_blocks(key, array)
         with torch.inference_mode(False), torch.no_grad():
             new[:, :kept] = old[:, :kept]
-            new[:, kept:] = 0
+            if self.device.type != "cpu":
+                new[:, kept:] = 0
             pairs = torch.tensor(list(moves.items()), dtype=torch.int64, device=self.device).view(-1, 2)
             for at in range(0, len(pairs), _AT_ONCE):
                 sources, targets = pairs[at : at + _AT_ONCE].unbind(1)
@@ -264,7 +266,10 @@ class TensorStore:
         shape = (spec.heads, (num_blocks + 1) * self.layout.entries_per_block(layer), spec.size)
         # Not an inference tensor even inside inference_mode: those cannot be written outside it later.
         with torch.inference_mode(False):
-            return torch.empty(shape, dtype=STORED[self._dtype(layer, name)], device=self.device)
+            dtype = STORED[self._dtype(layer, name)]
+            if self.device.type == "cpu":
+                return torch.frombuffer(host_memory(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+            return torch.empty(shape, dtype=dtype, device=self.device)
 
     def _blocks(self, key: tuple[int, str]) -> Tensor:
         """An array's memory seen as [H, blocks, entries, D]."""
