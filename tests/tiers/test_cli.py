@@ -111,6 +111,21 @@ def test_a_saved_cache_can_be_inspected_and_not_pruned(tmp_path, url):
     assert "cannot delete" in text
 
 
+def test_a_server(valkey_url):
+    cache = Cache(20, [valkey_url])
+    cache.run(prompt(1))
+    assert cache.stack.close()
+    code, text = run("inspect", valkey_url, "--verify")
+    assert code == 0
+    row = next(line for line in text.splitlines() if WEIGHTS.hex() in line).split("│")
+    assert [row[at].strip() for at in (2, 3, -2)] == ["block", "10", "0"]
+    assert "deleted 0 blocks" in run("inspect", valkey_url, "--prune", "--older-than", "1h")[1]
+    assert "deleted 10 blocks" in run("inspect", valkey_url, "--prune", "--model", WEIGHTS.hex()[:8])[1]
+    again = Cache(20, [valkey_url])
+    assert again.run(prompt(1)) == 0
+    assert again.stack.close()
+
+
 def test_prune_by_age(url, monkeypatch):
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 3000)
