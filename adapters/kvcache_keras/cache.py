@@ -212,9 +212,10 @@ class KVCache(FrontendCache):
             return self._runner
 
     def compile(self) -> None:
-        """Let XLA compile the decode steps of the attached model, for rows and context padded to powers of two.
+        """Let XLA compile the decode steps of the attached model, and its loops of greedy ones, in padded shapes.
 
-        Each new shape takes seconds at its first step. Steps of rows that share enough to read it once run as before.
+        Rows, context and loops are padded to powers of two; each new shape takes seconds at its first step. Rows that
+        share enough to read it once run as before.
 
         Raises:
             UsageError: no model is attached, it has state layers, or its weights are not always in memory.
@@ -247,7 +248,7 @@ class KVCache(FrontendCache):
         The graph works on a copy of the rows' context. Where that would be larger than the pool itself, and where
         there is no room for all ``count`` tokens, the steps are run one by one.
         """
-        if self.runner.compiled or any(kind == "state" for kind, _ in self.store.layout.groups):
+        if any(kind == "state" for kind, _ in self.store.layout.groups):
             return super().decode_greedy(seqs, token_ids, count, eos_ids)  # a state is behind all of a step's tokens
         if any(len(ids) != 1 for ids in token_ids):
             first = self.step_greedy(seqs, token_ids)[:, None]

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from kvcache_keras.kernels import Part, Scoring, attend_parts
+from kvcache_keras.kernels import Part, Scoring, attend_parts, dimensions
 from kvcache_keras.levels import Level, joined, merged
 from kvcache_keras.step import Step
 
@@ -24,11 +24,14 @@ class Context:
     """What a layer has before the loop.
 
     Attributes:
-        parts: of each row's own, a long one and a short one, of which one is empty.
+        long: of each row's own context, if that is long; else empty.
+        short: the same if it is short; else empty. What the loop adds comes behind it. In a fixed shape instead: zeros
+            in the places of what the loop will add.
         levels: keys [G, H, S, D] and values [G, H, S, Dv] of each shared level.
     """
 
-    parts: list[Part]
+    long: Part
+    short: Part
     levels: list[tuple[_Tensor, _Tensor]]
 
 
@@ -38,13 +41,17 @@ class LoopStep(Step):
 
     Args:
         context: per layer, what there was before the loop.
-        own: per layer, what the loop has added.
+        own: per layer, a short context and what the loop has added.
         start: int32 [B, 1], position of the loop's first token.
+        at: int32, which step of the loop this is.
+        fixed: whether tensors keep their shapes from step to step, as XLA wants.
     """
 
     context: dict[int, Context] = field(default_factory=dict)
     own: dict[int, Part] = field(default_factory=dict)
     start: _Tensor = None
+    at: _Tensor = None
+    fixed: bool = False
 
     @property
     def stored(self) -> _Tensor:
@@ -57,7 +64,7 @@ class LoopStep(Step):
         self.check(q, k, v, layer, scoring.window)
         self.own[layer] = self._grown(layer, k, v)
         number, context, heads = self.store.layout.group_of(layer), self.context[layer], q.shape[2]
-        parts = [*context.parts, self.own[layer]]
+        parts = [context.long, self.own[layer]]
         q = self.grouped(q, layer, scoring)
         sizes, bias = self._sizes(number, parts), self._bias(number, scoring.window)
         values, total, top = attend_parts(q, parts, sizes, bias, scoring)
@@ -73,7 +80,12 @@ class LoopStep(Step):
         before = self.own[layer]
         keys = tf.reshape(k, (-1, *before.keys.shape[1:3], 1))
         values = tf.reshape(v, (-1, before.values.shape[1], 1, before.values.shape[3]))
-        return Part(tf.concat((before.keys, keys), axis=3), tf.concat((before.values, values), axis=2), is_long=False)
+        if self.fixed:
+            here = tf.range(tf.shape(before.values)[2]) == self.at
+            keys, values = tf.where(here, keys, before.keys), tf.where(here[:, None], values, before.values)
+        else:
+            keys, values = tf.concat((before.keys, keys), axis=3), tf.concat((before.values, values), axis=2)
+        return Part(keys, values, is_long=False)
 
     def _sizes(self, number: int, parts: list[Part]) -> _Tensor:
         """int32 [parts], the tokens in each: the same in all layers of a group."""
@@ -87,9 +99,9 @@ class LoopStep(Step):
         key = ("bias", number)
         if key not in self.shared:
             context = self.visible_positions(number)
-            known = context < self.start
-            own = tf.range(self.start[0, 0], self.positions[0, 0] + 1)[None] - self.start[:1] + self.start
-            mask = tf.concat((known, tf.ones_like(own, tf.bool)), axis=1)
+            added = tf.reduce_sum(self.shared["sizes", number]) - tf.shape(context)[1]
+            known, own = context < self.start, self.start + tf.range(added)
+            mask = tf.concat((known, own <= self.positions), axis=1)
             if window is not None:
                 mask &= tf.concat((context, own), axis=1) > self.positions - window
             wide = tf.float64 if self.dtype == "float64" else tf.float32
@@ -97,61 +109,73 @@ class LoopStep(Step):
         return self.shared[key]
 
 
-def choose_greedily(step: Step, run_model: Callable[[Step], _Tensor], eos_ids: _Tensor) -> _Tensor:
+def choose_greedily(
+    step: Step, run_model: Callable[[Step], _Tensor], eos_ids: _Tensor, *, fixed: bool = False
+) -> tuple[_Tensor, _Tensor]:
     """Run a step of N tokens per row of which only the first is known: each next one is the most likely.
 
     Args:
-        step: the step; all its rows have N new tokens.
+        step: the step; all its rows have N new tokens, or fewer if ``fixed``: rows and tokens may then be padded.
         run_model: runs the model for a step of one token, [B, 1, V].
         eos_ids: int32 [E]; the loop ends behind the step in which any row chose one of them.
+        fixed: keep the shapes of tensors from step to step, as XLA wants.
 
     Returns:
-        int32 [B, n], 1 <= n <= N, the chosen tokens. The store holds K and V of the first n tokens.
+        The chosen tokens, int32 [B, n] or, if ``fixed``, [B, N] of which n are meant; and their number n, 1 <= n <= N.
+        The store holds K and V of the first n tokens.
     """
     layers = [number for number, spec in enumerate(step.store.layout.layers) if spec.kind == "attention"]
-    context = {layer: _context(step, layer) for layer in layers}
-    rows, count = tf.unstack(tf.shape(step.tokens))
+    rows, room = tf.unstack(tf.shape(step.tokens))
+    context = {layer: _context(step, layer, room if fixed else None) for layer in layers}
+    count = step.last_index[0] + 1
+    slots = step.group(step.store.layout.group_of(layers[0]))[0]
+    is_row = slots[:, :1] >= step.store.layout.block_size  # a padding row writes to the null block
 
     def body(at: _Tensor, token: _Tensor, chosen: _Tensor, _: _Tensor, *own: list[_Tensor]) -> list[Any]:
-        packed = [token, step.positions[:, at : at + 1], step.last_index * 0, *step.packed[3:]]
-        now = LoopStep(step.store, step.dtype, packed, True, step.levels, context=context, start=step.positions[:, :1])
+        first = step.positions[:, :1]
+        now = LoopStep(step.store, step.dtype, [token, first + at, step.last_index * 0, *step.packed[3:]], True)
+        now.levels, now.context, now.start, now.at, now.fixed = step.levels, context, first, at, fixed
         now.own = {layer: Part(k, v, is_long=False) for layer, k, v in zip(layers, *own, strict=True)}
         token = tf.argmax(run_model(now)[:, 0], axis=-1, output_type=tf.int32)[:, None]
-        ended = tf.reduce_any(token == eos_ids)
+        ended = tf.reduce_any((token == eos_ids) & is_row)
+        chosen = tf.where(tf.range(room) == at, token, chosen) if fixed else tf.concat((chosen, token), axis=1)
         keys, values = [now.own[layer].keys for layer in layers], [now.own[layer].values for layer in layers]
-        return [at + 1, token, tf.concat((chosen, token), axis=1), ended, keys, values]
+        return [at + 1, token, chosen, ended, keys, values]
 
-    start = [tf.constant(0), step.tokens[:, :1], tf.zeros((rows, 0), tf.int32), tf.constant(False)]
-    start += [[context[layer].parts[0].keys[..., :0] for layer in layers]]
-    start += [[context[layer].parts[0].values[:, :, :0] for layer in layers]]
+    start = [tf.constant(0), step.tokens[:, :1], tf.zeros((rows, room if fixed else 0), tf.int32), tf.constant(False)]
+    start += [[context[layer].short.keys for layer in layers], [context[layer].short.values for layer in layers]]
     shapes = tf.nest.map_structure(lambda x: tf.TensorShape([None] * len(x.shape)), start)
     shapes[1] = tf.TensorShape([None, 1])
     shapes[4] = [tf.TensorShape([None, *keys.shape[1:3], None]) for keys in start[4]]
     shapes[5] = [tf.TensorShape([None, values.shape[1], None, values.shape[3]]) for values in start[5]]
-    _, _, chosen, _, *own = tf.while_loop(
+    done, _, chosen, _, *own = tf.while_loop(
         lambda at, token, chosen, ended, *_: (at < count) & ~ended, body, start, shapes, parallel_iterations=1
     )
-    unused = count - tf.shape(chosen)[1]
+    unused = 0 if fixed else room - done
     for layer, keys, values in zip(layers, *own, strict=True):
-        for name, new in (("k", tf.transpose(keys, (0, 3, 1, 2))), ("v", tf.transpose(values, (0, 2, 1, 3)))):
+        before = 0 if fixed else tf.shape(context[layer].short.values)[2]
+        added = (tf.transpose(keys[..., before:], (0, 3, 1, 2)), tf.transpose(values[:, :, before:], (0, 2, 1, 3)))
+        for name, new in zip("kv", added, strict=True):
             # Zeros in the slots that were planned and not used: see Step.write.
             step.write(layer, name, tf.pad(new, [[0, 0], [0, unused], [0, 0], [0, 0]]))
-    return chosen
+    return chosen, done
 
 
-def _context(step: Step, layer: int) -> Context:
+def _context(step: Step, layer: int, room: _Tensor | None) -> Context:
+    """What a layer has before the loop; ``room``: for so many steps in a fixed shape."""
     number = step.store.layout.group_of(layer)
     key = ("known", number)
     if key not in step.shared:
         step.shared[key] = step.visible_positions(number) < step.positions[:, :1]
     k, v = _known(step, layer, step.shared[key])
-    count = tf.shape(v)[2]
-    long = tf.where(count > _SHORT, count, 0)
     k = tf.transpose(k, (0, 1, 3, 2))
-    parts = [
-        Part(k[..., :long], v[:, :, :long], is_long=True),
-        Part(k[..., long:], v[:, :, long:], is_long=False),
-    ]
+    if room is None:
+        count = tf.shape(v)[2]
+        long = tf.where(count > _SHORT, count, 0)
+        short = Part(k[..., long:], v[:, :, long:], is_long=False)
+        k, v = k[..., :long], v[:, :, :long]
+    else:
+        short = Part(_zeros(k, 3, room), _zeros(v, 2, room), is_long=False)
     levels = []
     for level in step.levels_of(number):
         key = ("known", id(level))
@@ -160,7 +184,14 @@ def _context(step: Step, layer: int) -> Context:
             known = level.positions(step.store.layout.block_size) < step.positions[:, :1]
             step.shared[key] = tf.gather(known, level.members[:, 0])
         levels.append(_known(step, layer, step.shared[key], level))
-    return Context(parts, levels)
+    return Context(Part(k, v, is_long=True), short, levels)
+
+
+def _zeros(like: _Tensor, axis: int, size: _Tensor) -> _Tensor:
+    """Zeros of the same shape, but for the size of one axis."""
+    shape = dimensions(like)
+    shape[axis] = size
+    return tf.zeros(shape, like.dtype)
 
 
 def _known(step: Step, layer: int, known: _Tensor, level: Level | None = None) -> tuple[_Tensor, _Tensor]:

@@ -66,9 +66,9 @@ def blocks_read(packed: Sequence[NDArray[Any]], levels: int) -> int:
 
 
 def in_buckets(packed: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-    """A packed plan of one token per row, its rows and blocks padded to powers of two: few shapes for XLA to compile.
+    """A packed plan, its rows, tokens per row and blocks padded to powers of two: few shapes for XLA to compile.
 
-    Padding rows are a token 0 at position 0 that is written to, and sees, the null block.
+    Padding is a token 0 at position 0 that is written to, and sees, the null block.
     """
 
     def padded(array: NDArray[Any], axes: int) -> NDArray[Any]:
@@ -76,10 +76,10 @@ def in_buckets(packed: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         return np.pad(array, widths + [(0, 0)] * (array.ndim - axes))
 
     tokens, positions, last, stride, *groups = packed
-    found = [padded(tokens, 1), padded(positions, 1), padded(last, 1), stride]
+    found = [padded(tokens, 2), padded(positions, 2), padded(last, 1), stride]
     for at in range(0, len(groups), 4):
         slots, blocks, first, tails = groups[at : at + 4]
-        found += [padded(slots, 1), padded(blocks, 2), padded(first, 1), padded(tails, 1)]
+        found += [padded(slots, 2), padded(blocks, 2), padded(first, 1), padded(tails, 1)]
     return found
 
 

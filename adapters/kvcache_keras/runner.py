@@ -30,7 +30,7 @@ class StepRunner:
 
     Attributes:
         traces: how often each graph was traced, by name.
-        compiled: whether XLA compiles the steps of one token per row.
+        compiled: whether XLA compiles the steps of one token per row, and loops of them.
     """
 
     def __init__(self, model: Any, store: TensorStore, dtype: str, frames: int | None = None) -> None:
@@ -70,13 +70,17 @@ class StepRunner:
         None if the rows' context, of which the graph makes a copy, is larger than the pool.
         """
         cuts = shared_cuts(plan, self._store)
-        levels, packed = len(cuts[0]), pack(plan, self._store, cuts)
+        name, levels, packed = "loop", len(cuts[0]), pack(plan, self._store, cuts)
+        if self.compiled and not levels:
+            padded = in_buckets(packed)
+            if blocks_read(padded, levels) <= self._store.num_blocks:
+                name, packed = "compiled loop", padded
         if blocks_read(packed, levels) > self._store.num_blocks:
             return None
         self.copy(plan)
-        ends = np.array(sorted(eos_ids), np.int32)
-        chosen: NDArray[np.int32] = self.function("loop", levels)(ends, *packed).numpy()
-        return chosen
+        chosen, count = self.function(name, levels)(np.array(sorted(eos_ids), np.int32), *packed)
+        found: NDArray[np.int32] = chosen.numpy()[: len(plan.rows), : int(count)]
+        return found
 
     def copy(self, plan: StepPlan) -> None:
         """Do the copies a plan asks for."""
@@ -113,22 +117,22 @@ class StepRunner:
             spec += signature(self._kinds, size, None, self._frames)
             return tf.function(run_all, input_signature=spec, autograph=False)
 
-        if name == "loop":
+        jit = True if name.startswith("compiled") else None
+        if name in ("loop", "compiled loop"):
 
-            def choose(eos_ids: _Tensor, *packed: _Tensor) -> _Tensor:
+            def choose(eos_ids: _Tensor, *packed: _Tensor) -> tuple[_Tensor, _Tensor]:
                 self.traces[key] += 1
                 step = Step(self._store, self._dtype, packed, last_only=True, levels=levels)
-                return choose_greedily(step, self._run_model, eos_ids)
+                return choose_greedily(step, self._run_model, eos_ids, fixed=bool(jit))
 
             spec = [tf.TensorSpec([None], tf.int32), *signature(self._kv_kinds, size, None, levels=levels)]
-            return tf.function(choose, input_signature=spec, autograph=False)
+            return tf.function(choose, input_signature=spec, autograph=False, jit_compile=jit)
 
         def run(*packed: _Tensor) -> _Tensor:
             self.traces[key] += 1
             return self._run_model(Step(self._store, self._dtype, packed, last_only=True, levels=levels))
 
         spec = signature(self._kv_kinds, size, None if name == "prefill" else 1, self._frames, levels=levels)
-        jit = True if name == "compiled" else None
         return tf.function(run, input_signature=spec, autograph=False, jit_compile=jit)
 
     def _run_model(self, step: Step) -> _Tensor:

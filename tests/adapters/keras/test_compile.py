@@ -1,13 +1,18 @@
-"""Decode steps that XLA compiles."""
+"""Decode steps that XLA compiles, and loops of them."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvcache_core.errors import UsageError
-from tests.adapters.keras.models import KerasBackend
-from tests.reference_decoder import DecoderConfig, Driver, Script, make_weights
+from kvcache_core.frontend import FrontendCache
+from kvcache_keras import KVCache
+from tests.adapters.keras.models import VOCAB, KerasBackend, Small, ids
+from tests.adapters.keras.test_greedy import PROMPTS, check
+from tests.reference_decoder import DecoderConfig, Driver, Script, decoder_configs, make_weights
 
 
 def test_random_rows_and_lengths() -> None:
@@ -27,6 +32,47 @@ def test_random_rows_and_lengths() -> None:
     driver = Driver(config, made)
     driver.run(Script(60, tuple(actions)))
     assert driver.backend.cache.runner.traces == {"prefill": 1, "compiled": 1}
+
+
+@settings(max_examples=4)
+@given(decoder_configs(head_sizes=(4, 8), max_layers=2), PROMPTS, st.sets(st.integers(0, 10), max_size=1))
+def test_a_loop_equals_steps_that_are_not_compiled(config, prompts, eos_ids) -> None:
+    check(config, prompts, [5, 3], eos_ids, None, compiled=True)
+
+
+@pytest.mark.parametrize("stored", ["float16", "int8", "float8_e4m3"])
+def test_a_loop_rounds_what_the_store_rounds(stored: str) -> None:
+    config = DecoderConfig(windows=(None, 6), heads=4, kv_heads=2, head_size=8)
+    check(config, [[1, 2, 3, 4, 5], [6, 7]], [5], set(), stored, compiled=True)
+
+
+@pytest.fixture
+def cache() -> KVCache:
+    cache = KVCache(size=12, block_size=4)
+    cache.attach(Small(), outputs="last")
+    cache.compile()
+    return cache
+
+
+def test_what_padding_chooses_ends_no_loop(cache: KVCache) -> None:
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    seqs = [cache.open(prompt) for prompt in prompts]
+    whole = FrontendCache.decode_greedy(cache, [seq.fork() for seq in seqs], prompts, 6)
+    ends = set(range(VOCAB)) - set(whole.flat)
+    np.testing.assert_array_equal(cache.decode_greedy(seqs, prompts, 6, ends), whole)
+    assert cache.runner.traces["compiled loop"] == 1
+
+
+def test_a_context_that_is_larger_than_the_pool_when_padded_runs_in_the_loop_that_is_not_compiled(
+    cache: KVCache,
+) -> None:
+    prompt = ids(34).tolist()
+    seq = cache.open(prompt)
+    expected = FrontendCache.decode_greedy(cache, [seq], [prompt], 3)
+    seq.truncate(len(prompt) - 1)
+    np.testing.assert_array_equal(cache.decode_greedy([seq], [prompt[-1:]], 3), expected)
+    assert cache.runner.traces["loop"] == 1
+    assert "compiled loop" not in cache.runner.traces
 
 
 def test_state_layers_are_refused() -> None:

@@ -29,7 +29,9 @@ def opened(cache: KVCache, prompts: Sequence[list[int]]) -> tuple[list, list[lis
     return seqs, [prompt[-1:] for prompt in prompts]
 
 
-def check(config: DecoderConfig, prompts: list[list[int]], counts: list[int], eos_ids: set[int], dtype) -> None:
+def check(
+    config: DecoderConfig, prompts: list[list[int]], counts: list[int], eos_ids: set[int], dtype, *, compiled=False
+) -> None:
     model = Decoder(config, make_weights(config))
     cache = KVCache(size=200, block_size=config.block_size, dtype=dtype)
     cache.attach(model, outputs="last")
@@ -37,9 +39,11 @@ def check(config: DecoderConfig, prompts: list[list[int]], counts: list[int], eo
     one_by_one, in_a_graph = opened(cache, prompts), opened(cache, prompts)
     for count in counts:
         expected = FrontendCache.decode_greedy(cache, *one_by_one, count, eos_ids)
+        cache.runner.compiled = compiled
         chosen = cache.decode_greedy(*in_a_graph, count, eos_ids)
         np.testing.assert_array_equal(chosen, expected)
         assert chosen.dtype == np.int64
+        cache.runner.compiled = False
         cache.core.check_valid()
         one_by_one, in_a_graph = ((seqs, chosen[:, -1:].tolist()) for seqs, _ in (one_by_one, in_a_graph))
         assert [seq.tokens for seq in in_a_graph[0]] == [seq.tokens for seq in one_by_one[0]]
@@ -47,7 +51,8 @@ def check(config: DecoderConfig, prompts: list[list[int]], counts: list[int], eo
     np.testing.assert_allclose(
         cache.step(*in_a_graph), cache.step(*one_by_one), rtol=tolerance, atol=tolerance if dtype is None else 2e-2
     )
-    assert cache.runner.traces["loop"] == 1
+    loop = "compiled loop" if compiled else "loop"
+    assert {name: count for name, count in cache.runner.traces.items() if "loop" in name} == {loop: 1}
 
 
 @settings(max_examples=7)
