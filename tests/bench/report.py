@@ -91,9 +91,9 @@ def losses(tables: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def section(table: dict[str, Any]) -> list[str]:
+def section(table: dict[str, Any], machines: list[str]) -> list[str]:
     """One benchmark: its text and a line per contender."""
-    text = [*table["text"], circumstances(table["measured"])]
+    text = [*table["text"], circumstances(table["measured"], machines)]
     lines = [f"## {table['title']}", "", *[line + "\n" for line in text]]
     if any(row["peers"] for row in table["rows"]):
         lines += ["| case | who | time | ours / peer |", "|---|---|---|---|"]
@@ -106,12 +106,22 @@ def section(table: dict[str, Any]) -> list[str]:
     return [*lines, *map(footnote, table["rows"]), ""]
 
 
-def circumstances(measured: dict[str, Any]) -> str:
-    """When and how a table was measured."""
+def described(machine: dict[str, Any]) -> str:
+    """What a table was measured on, in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
+        f"{machine['cores']} cores ({machine['cpu']}), {machine['memory_gib']} GiB, {machine['system']}, "
+        f"Python {machine['python']}; {versions}"
+    )
+
+
+def circumstances(measured: dict[str, Any], machines: list[str]) -> str:
+    """When, on which of the machines, and how a table was measured."""
     load = "load average not recorded"
     if measured["load"]:
         load = "load average {} at the start, {} at the end".format(*measured["load"])
-    said = f"Measured {measured['date']}, threads: {measured['threads']}; {load}."
+    where = f" on machine {machines.index(described(measured['machine'])) + 1}" if len(machines) > 1 else ""
+    said = f"Measured {measured['date']}{where}, threads: {measured['threads']}; {load}."
     if measured["clock"] == "processor":
         said += (
             " Processor time of this process, not wall time: other programs used the machine, and waiting for a core "
@@ -135,20 +145,20 @@ def in_order(tables: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def page(result: dict[str, Any]) -> str:
     """The whole page."""
-    machine = result["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     tables = in_order(result["tables"])
+    machines = list(dict.fromkeys(described(table["measured"]["machine"]) for table in tables))
     lines = [HEAD]
-    lines.append(
-        f"Machine: {machine['cores']} cores ({machine['cpu']}), {machine['memory_gib']} GiB, {machine['system']}, "
-        f"Python {machine['python']}; {versions}.\n"
-    )
+    if len(machines) == 1:
+        lines.append(f"Machine: {machines[0]}.\n")
+    else:
+        lines.append("The tables come from several machines; each table says from which:\n")
+        lines += [*(f"{number}. {machine}." for number, machine in enumerate(machines, 1)), ""]
     lines += ["## Where we lose", "", *(losses(tables) or ["Nowhere in these tables."]), ""]
     missing = [name for name in ORDER if name not in {table["name"] for table in tables}]
     if missing:
         lines += [f"Not measured yet: {', '.join(f'`{name}`' for name in missing)}.", ""]
     for table in tables:
-        lines += section(table)
+        lines += section(table, machines)
     return "\n".join(lines).rstrip() + "\n"
 
 

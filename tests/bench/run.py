@@ -52,6 +52,7 @@ def work(name: str, *, quick: bool, out: Path) -> None:
         "threads": int(os.environ[THREADS[0]]),
         "clock": os.environ[CLOCK],
         "load": [round(load, 1), round(os.getloadavg()[0], 1)],
+        "machine": describe_machine(),
     }
     (out / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -69,9 +70,8 @@ def show(console: Console, table: dict[str, Any]) -> None:
 
 
 def gather(names: list[str], out: Path) -> dict[str, Any]:
-    """The results in `out` with the machine they come from."""
-    tables = [json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in names]
-    return {"machine": describe_machine(), "tables": tables}
+    """The results in `out`."""
+    return {"tables": [json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in names]}
 
 
 def main() -> int:

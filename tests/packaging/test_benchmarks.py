@@ -38,6 +38,21 @@ def test_the_page_is_made_from_the_committed_figures(root, monkeypatch):
     )
 
 
+def test_each_table_says_its_machine_if_there_are_several(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "tests" / "bench"))
+    report = importlib.import_module("report")
+    tables = report.in_order(json.loads(report.COMMITTED.read_text(encoding="utf-8"))["tables"])[:3]
+    machine = tables[0]["measured"]["machine"]
+    for table, cpu in zip(tables, ("one", "other", "one"), strict=True):
+        table["measured"]["machine"] = {**machine, "cpu": cpu}
+    page = report.page({"tables": tables})
+    assert [page.count(f"on machine {number}") for number in (1, 2, 3)] == [2, 1, 0]
+    assert page.index("1. ") < page.index("(one)") < page.index("2. ") < page.index("(other)")
+    for table in tables:
+        table["measured"]["machine"] = machine
+    assert "on machine" not in report.page({"tables": tables})
+
+
 def test_the_chart_shows_every_target(root, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(root / "tests" / "bench"))
     report = importlib.import_module("report")
