@@ -41,6 +41,7 @@ ORDER = (
     "core_trace",
     "tiers_restore",
     "tiers_step",
+    "tiers_overlap",
     "tiers_trace",
 )
 
