@@ -21,6 +21,20 @@ from kvcache_core.tiers import RamTier
 computed: list[int] = []
 
 
+def coarse(values: Any, unit: float) -> Any:
+    """Multiples of ``unit``, small ones: products and sums of them are exact in any order, in bfloat16 factors too.
+
+    A row's float32 result may depend on how many rows are computed with it, and of a batch that is found in part only
+    the rest is computed. Of such values it does not, so all that is found can be compared bit by bit.
+    """
+    return np.round(np.asarray(values) / unit).astype(np.float32) * np.float32(unit)
+
+
+def draw(seed: int) -> np.ndarray[Any, Any]:
+    """A batch of four samples [4, 3]."""
+    return coarse(np.random.default_rng(seed).standard_normal((4, 3)), 2**-4)
+
+
 @dataclasses.dataclass
 class Result:
     hidden: torch.Tensor
@@ -34,6 +48,9 @@ class Trunk(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.linear = nn.Linear(3, 4)
+        with torch.no_grad():
+            for parameter in self.linear.parameters():
+                parameter.copy_(torch.from_numpy(coarse(parameter, 2**-6)))
         self.factor = factor
 
     def forward(self, x: torch.Tensor) -> Result:
@@ -51,6 +68,7 @@ class Layer(keras.layers.Layer):
         self.factor = factor
         self.dense = keras.layers.Dense(4, kernel_initializer=keras.initializers.RandomNormal(seed=1))
         self.dense.build((None, 3))
+        self.dense.kernel.assign(coarse(self.dense.kernel, 2**-6))
 
     def call(self, x: Any) -> Any:
         tf.numpy_function(lambda rows: computed.append(int(rows)) or np.int64(0), [tf.shape(x)[0]], tf.int64)
@@ -67,7 +85,7 @@ class Torch:
 
     @staticmethod
     def batch(seed: int) -> Any:
-        return torch.from_numpy(np.random.default_rng(seed).standard_normal((4, 3)).astype(np.float32))
+        return torch.from_numpy(draw(seed))
 
     @staticmethod
     def flat(result: Any) -> list[Any]:
@@ -92,7 +110,7 @@ class Keras:
 
     @staticmethod
     def batch(seed: int) -> Any:
-        return tf.constant(np.random.default_rng(seed).standard_normal((4, 3)), tf.float32)
+        return tf.constant(draw(seed))
 
     @staticmethod
     def flat(result: Any) -> list[Any]:
