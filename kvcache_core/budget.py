@@ -129,7 +129,10 @@ class Budget:
 
     def _can_move(self, *, growing: bool) -> bool:
         """Whether the arrays may become larger, or smaller, now."""
-        return self._now >= self._not_before and self._core.is_still(growing=growing)
+        if self._now < self._not_before:
+            self._not_before -= 1  # the clock stands still while nothing is kept: being asked counts too
+            return False
+        return self._core.is_still(growing=growing)
 
     def _move(self, blocks: int) -> None:
         """Give K and V so many more blocks, or fewer; where there is no memory for the new arrays, none."""
