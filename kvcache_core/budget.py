@@ -6,13 +6,17 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvcache_core.cache import BlockCache
 from kvcache_core.entries import EntryCache
 from kvcache_core.errors import InvalidInput, OutOfMemory
 from kvcache_core.layout import BlockLayout
-from kvcache_core.store import KVStore
+from kvcache_core.store import KVStore, allocating
+from kvcache_core.types import PoolResize
 
-__all__ = ["Budget", "blocks_in", "first_blocks", "resize_blocks"]
+__all__ = ["Budget", "blocks_in", "compact_blocks", "first_blocks", "resize_blocks"]
 
 _PARTS = 16
 """Memory moves in parts of at least a sixteenth: a move copies what lies in the pool."""
@@ -263,6 +267,31 @@ def resize_blocks(core: BlockCache, store: KVStore, num_blocks: int, entries: Ca
         entries()
         moves, last = [found.moves for found in results], max(found.last for found in results)
         store.resize(num_blocks, moves, last=last, arrays=arrays)
+
+
+def compact_blocks(core: BlockCache, store: KVStore) -> int:
+    """:meth:`BlockCache.compact`, and the arrays follow; returns how many blocks moved.
+
+    All that moves is read before the tables change, and written in pieces: to write, stores need memory too.
+
+    Raises:
+        OutOfMemory: what moves does not fit beside the arrays; nothing was changed.
+        StepError: a step is under way.
+    """
+    contents: list[NDArray[np.uint8]] = []
+
+    def read(results: list[PoolResize]) -> None:
+        with allocating(store, sum(len(found.moves) for found in results)):
+            for group, found in enumerate(results):
+                contents.append(store.export_blocks(group, list(found.moves)))
+
+    with core.lock:
+        results = core.compact(read)
+        for group, found in enumerate(results):
+            targets, content = list(found.moves.values()), contents[group]
+            for at in range(0, len(targets), 64):
+                store.import_blocks(group, targets[at : at + 64], content[at : at + 64])
+    return sum(len(found.moves) for found in results)
 
 
 def _part_of(blocks: int) -> int:

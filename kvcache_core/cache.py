@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from kvcache_core.inputs import check_size, token_array
+from kvcache_core.placement import CompactHook
 from kvcache_core.planning import PlannedSteps
 from kvcache_core.sequence import Sequence
 from kvcache_core.sharing import LimitOf
@@ -179,12 +180,16 @@ class BlockCache(PlannedSteps):
         with self._lock:
             return self._placement.resize(num_blocks, self._open.values())
 
-    def compact(self) -> list[PoolResize]:
+    def compact(self, before: CompactHook | None = None) -> list[PoolResize]:
         """Bring the blocks of each open sequence next to each other, so that its slots are few extents.
 
         For idle moments: nothing is evicted, what is cached stays found, and published blocks keep their content.
         Sequences lie one behind the other, in the order they were opened, what they reserved ahead included, with
         room to grow between them; a block that several share lies with the first of them.
+
+        Args:
+            before: called with what will be returned, before anything is changed: when it raises, nothing is. A store
+                that may lack memory reads here what it writes afterwards.
 
         Returns:
             Per layer group, the moves {old id: new id}, for a store's ``copy_blocks``; empty where nothing is gained.
@@ -193,7 +198,7 @@ class BlockCache(PlannedSteps):
             StepError: a step is under way.
         """
         with self._lock:
-            return self._placement.compact(self._open.values())
+            return self._placement.compact(self._open.values(), before)
 
     def clear(self) -> None:
         """Drop everything that is cached and not held by an open sequence."""

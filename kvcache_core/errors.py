@@ -46,7 +46,7 @@ class CacheFull(KVCacheError):
 
 
 class OutOfMemory(KVCacheError, MemoryError):
-    """There is no memory for arrays of another capacity; nothing was changed."""
+    """There is no memory for arrays of another capacity, or for what moves; nothing was changed."""
 
 
 class InvalidInput(KVCacheError, ValueError):

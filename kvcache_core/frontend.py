@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from kvcache_core.analysis import Advice
-from kvcache_core.budget import Budget, resize_blocks
+from kvcache_core.budget import Budget, compact_blocks, resize_blocks
 from kvcache_core.errors import InvalidInput
 from kvcache_core.progress import progress
 from kvcache_core.serving import Call, Serving
@@ -122,15 +120,13 @@ class FrontendCache(Serving):
     def compact(self) -> int:
         """Bring the blocks of open sequences next to each other, for faster attention; returns how many moved.
 
-        For idle moments: it copies the moved blocks, and needs as much room beside the cache while it does.
+        For idle moments: it copies the moved blocks, and needs as much of the host's memory beside the cache.
+
+        Raises:
+            OutOfMemory: there is not as much; nothing was changed.
+            StepError: a step is under way.
         """
-        if self._core is None:
-            return 0
-        with self._core.lock:
-            moves = [result.moves for result in self._core.compact()]
-            for number, found in enumerate(moves):
-                self._store.copy_blocks(number, np.array(list(found.items()), np.int64).reshape(-1, 2))
-        return sum(map(len, moves))
+        return 0 if self._core is None else compact_blocks(self._core, self._store)
 
     def clear(self) -> None:
         """Drop everything cached that no open sequence holds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Collection as _Collection
 from collections.abc import Sequence as _Sequence
 from itertools import pairwise
@@ -11,7 +12,10 @@ from kvcache_core.reserve import Room
 from kvcache_core.sequence import Sequence
 from kvcache_core.types import BlockId, Evicted, PoolResize
 
-__all__ = ["Placement", "count_extents"]
+__all__ = ["CompactHook", "Placement", "count_extents"]
+
+CompactHook = Callable[[list[PoolResize]], None]
+"""Called with the moves of a compaction, per layer group, before anything is changed."""
 
 _GAP = 8
 """Free blocks that a compaction leaves behind each sequence, at most."""
@@ -51,17 +55,20 @@ class Placement:
             results.append(result)
         return results
 
-    def compact(self, seqs: _Collection[Sequence]) -> list[PoolResize]:
+    def compact(self, seqs: _Collection[Sequence], before: CompactHook | None = None) -> list[PoolResize]:
         """Bring the blocks of open sequences together; see :meth:`BlockCache.compact`."""
         _check_idle(seqs, "compact")
         results = []
         for number, group in enumerate(self.groups):
             tables = [seq.tables[number] for seq in seqs if number < len(seq.tables)]
-            moves = _moves(tables, group.pool.used().tolist(), group.pool.num_blocks)
-            if moves:
-                group.pool.move(moves)
+            results.append(PoolResize([], _moves(tables, group.pool.used().tolist(), group.pool.num_blocks)))
+        fresh = [group.pool.fresh(group.pool.num_blocks) for group in self.groups]
+        if before is not None:
+            before(results)
+        for number, group in enumerate(self.groups):
+            if moves := results[number].moves:
+                group.pool.move(moves, fresh[number])
                 self._follow(number, moves, seqs)
-            results.append(PoolResize([], moves))
         return results
 
     def _follow(self, number: int, moves: dict[BlockId, BlockId], seqs: _Collection[Sequence]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from hypothesis.extra.numpy import arrays as arrays_of
 
 import kvcache_keras
 import kvcache_torch
-from kvcache_core import ArraySpec, BlockLayout, InvalidInput, LayerSpec, OutOfMemory
+from kvcache_core import ArraySpec, BlockCache, BlockLayout, InvalidInput, LayerSpec, OutOfMemory
+from kvcache_core.budget import compact_blocks
 from kvcache_core.layout import DTYPE_BYTES, SCALED_DTYPES
 from kvcache_core.quantization import decode, encode
 from kvcache_core.store import NumpyStore
@@ -382,6 +384,36 @@ def test_an_allocation_that_fails_changes_nothing(make, size):
     with no_memory(store, count):
         store.resize(size, [{} for _ in groups])
     assert store.num_blocks == size
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+def test_a_compaction_moves_the_content_or_without_memory_nothing(make, error):
+    layout = LAYOUTS["int8 with outputs and a window"]
+    core, store = BlockCache(20, layout=layout), make(layout, 20)
+    for layer, array in arrays(layout):
+        store.write(layer, array.name, np.arange(84), values(layout, array, 84, layer))
+    seqs = [core.open([row]) for row in range(2)]
+    for token in range(4):
+        for row, seq in enumerate(seqs):
+            core.commit(core.plan([seq], [[4 * row + token] * BLOCK]))
+
+    def content() -> list[np.ndarray]:
+        """What each sequence sees of each group."""
+        places = [(group, [block for block in seq.tables[group] if block]) for seq in seqs for group in range(2)]
+        return [store.export_blocks(group, blocks) for group, blocks in places]
+
+    before, tables = content(), [seq.tables.copy() for seq in seqs]
+    for at in range(2):
+        found = [store.export_blocks(group, [1]) for group in range(at)]
+        no_memory_at = mock.patch.object(store, "export_blocks", side_effect=[*found, error])
+        with no_memory_at, pytest.raises(OutOfMemory, match="nothing was changed"):
+            compact_blocks(core, store)
+        assert [seq.tables for seq in seqs] == tables
+        assert all(map(np.array_equal, content(), before))
+    assert compact_blocks(core, store) > 0
+    assert [seq.tables for seq in seqs] != tables
+    assert all(map(np.array_equal, content(), before))
+    core.check_valid()
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch", "keras"])

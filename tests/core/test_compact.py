@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from kvcache_core import BlockCache, StepError
+from kvcache_core import BlockCache, OutOfMemory, StepError
 from kvcache_core.placement import count_extents
 from kvcache_core.store import NumpyStore
 from tests.core.test_resize import _check_content, _layout, _write
+from tests.numpy_cache import NumpyCache
+from tests.reference_decoder import DecoderConfig
 from tests.strategies import compute, prompts, snapshot, step
 
 
@@ -107,3 +111,43 @@ def test_nothing_moves_during_a_step():
         core.compact()
     core.commit(plan)
     assert core.compact()[0].moves == {}
+
+
+def _in_turns(cache):
+    """Two sequences that grew in turns, and the tokens that each still gets."""
+    rows = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1, 8, 2, 8, 1, 8, 2]]
+    seqs = [cache.open(row) for row in rows]
+    for at in range(7):
+        cache.step(seqs, [row[at : at + 1] for row in rows])
+    return seqs, rows
+
+
+def _goes_on(cache, seqs, rows, at):
+    found = cache.step(seqs, [row[at : at + 1] for row in rows])
+    for logits, row in zip(found, rows, strict=True):
+        np.testing.assert_allclose(logits, cache.model.logits(row)[at], rtol=1e-5, atol=1e-5)
+    cache.core.check_valid()
+
+
+@pytest.mark.parametrize("part", ["content", "pool"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_compaction_without_memory_changes_nothing(part, number):
+    cache = NumpyCache(DecoderConfig(block_size=1, windows=(None, 4)), 40)
+    seqs, rows = _in_turns(cache)
+    before, arrays = snapshot(cache.core), {key: array.copy() for key, array in cache.store.arrays.items()}
+    place, name = (cache.store, "export_blocks") if part == "content" else (cache.core.groups[number].pool, "fresh")
+    whole = getattr(place, name)
+
+    def fail(*args):
+        if part == "pool" or args[0] == number:
+            raise MemoryError
+        return whole(*args)
+
+    error = OutOfMemory if part == "content" else MemoryError
+    with mock.patch.object(place, name, fail), pytest.raises(error):
+        cache.compact()
+    assert snapshot(cache.core) == before
+    assert all(np.array_equal(array, arrays[key], equal_nan=True) for key, array in cache.store.arrays.items())
+    _goes_on(cache, seqs, rows, 7)
+    assert cache.compact() > 0
+    _goes_on(cache, seqs, rows, 8)
