@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from kvcache_core.blockformat import BlockCodec
+from kvcache_core.blockformat import BlockCodec, Buffer
 from kvcache_core.cache import BlockCache, token_array
 from kvcache_core.errors import CacheFull
 from kvcache_core.keys import chain_keys, root_key
@@ -15,6 +15,7 @@ from kvcache_core.opentiers import OpenTiers, Wanted, tier_key
 from kvcache_core.poolitems import Codecs
 from kvcache_core.readahead import Ahead
 from kvcache_core.sequence import Sequence as CachedSequence
+from kvcache_core.staging import Staging
 from kvcache_core.store import KVStore
 from kvcache_core.types import TokenIds
 
@@ -22,6 +23,8 @@ __all__ = ["Promotion"]
 
 _CHUNK_BYTES = 64 << 20
 """Bytes promoted in one transaction: one batched read per tier, and a bound on memory."""
+_STAGED_BYTES = 16 << 20
+"""Bytes that are copied into the pool at once: few enough to stay in the processor's cache on the way."""
 
 Row = list[Wanted]
 """One block of tokens: what is wanted of it, per layer group."""
@@ -42,6 +45,7 @@ class Promotion:
         self._core = core
         self._store = store
         self._codecs = codecs
+        self._staging = Staging(_STAGED_BYTES)
 
     def promote(self, seq: CachedSequence, seconds_per_token: float) -> tuple[int, int]:
         """Let ``seq`` hold what the tiers have behind its match; returns the blocks and the tokens that came up.
@@ -100,15 +104,24 @@ class Promotion:
             return 0
         try:
             for group in range(len(seq.tables)):
-                packed = np.stack([np.frombuffer(row[group].payload, np.uint8) for row in rows[:found]])
                 blocks = plan.groups[group].block_tables[0, first : first + found].tolist()
-                self._store.import_blocks(group, blocks, packed)
+                self._import(group, blocks, [row[group].payload for row in rows[:found]])
         except BaseException:
             core.rollback(plan)
             raise
         core.commit(plan)
         core.count_as_cached(seq)
         return found
+
+    def _import(self, group: int, blocks: list[int], payloads: list[Buffer]) -> None:
+        """Copy payloads into the pool, a few at a time through memory that is used again."""
+        many = max(1, _STAGED_BYTES // len(payloads[0]))
+        for at in range(0, len(blocks), many):
+            part = payloads[at : at + many]
+            packed = self._staging.take(len(part), len(part[0]))
+            for row, payload in zip(packed, part, strict=True):
+                row[:] = np.frombuffer(payload, np.uint8)
+            self._store.import_blocks(group, blocks[at : at + many], packed)
 
     def _fetch(self, seq: CachedSequence, rows: list[Row], seconds_per_token: float) -> int:
         """Fill in payloads; returns how many leading blocks are complete."""

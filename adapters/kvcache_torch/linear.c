@@ -51,9 +51,9 @@ static inline __attribute__((always_inline)) void tile(const int outputs, const 
         for (int o = 0; o < outputs; o++) {
             const float *at = weight + o * in + d;
             const vec w = *(const vec *)at;
-            /* One output at a time is one stream, which the processor foresees; several are asked for in time to be
-             * in the second-level cache. The first is too small for what memory has under way. */
-            if (outputs > 1) __builtin_prefetch(at + 8 * in, 0, 2);
+            /* Asked for in time to be in the second-level cache: the first is too small for what memory has under way.
+             * Not every processor foresees enough even of one stream. */
+            __builtin_prefetch(at + (outputs > 1 ? 8 : 4) * in, 0, 2);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) sum[o][r] += w * *(const vec *)(x + r * in + d);
         }
