@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from kvcache_core.admission import Admission, ChainAdmission, admission
@@ -251,16 +252,34 @@ class TierStack(OpenTiers):
         target = self.persistent
         if target is None:
             return True
-        for items in self._spilled(lambda key: self.has(target, key)):
-            errors = self.stats[target].errors
-            self.queue.write(items, target)
-            if self.stats[target].errors != errors or _is_past(deadline):
+        written: set[bytes] = set()
+        if not self._write_missing([target], deadline, written):
+            return False
+        # To make room, this may have deleted what lay there already and had not been used for longest.
+        below, before = range(target, len(self.tiers)), 0
+        while len(written) > before:
+            before = len(written)
+            if not self._write_missing(below, deadline, written):
                 return False
-        for tier in self.tiers[:target]:
-            for item in tier.volatile_items():
-                self.queue.write([item], target)
-                if _is_past(deadline):
-                    return False
+        return True
+
+    def _write_missing(self, numbers: Sequence[int], deadline: float | None, written: set[bytes]) -> bool:
+        """Write what lies in none of these tiers into the first; False for what has to be written a second time too."""
+
+        def is_there(key: bytes) -> bool:
+            return any(self.has(number, key) for number in numbers)
+
+        stats = self.stats[numbers[0]]
+        volatile = ([item] for tier in self.tiers[: numbers[0]] for item in tier.volatile_items())
+        for items in chain(self._spilled(is_there), volatile):
+            missing = [item for item in items if not is_there(item[0])]
+            errors, keys = stats.errors, {key for key, _ in missing}
+            if keys & written:
+                return False  # it does not fit
+            written |= keys
+            self.queue.write(missing, numbers[0])
+            if stats.errors != errors or _is_past(deadline):
+                return False
         return True
 
     def _spilled(self, skip: Callable[[bytes], bool]) -> Iterator[Sequence[Item]]:

@@ -24,7 +24,7 @@ from kvcache_core.lmdbfile import _is_damaged, footprint
 from kvcache_core.opentiers import tier_key
 from kvcache_core.tier_disk import DiskTier
 from kvcache_core.tiers import open_tier
-from tests.tiers.test_tiering import LAYOUT, Cache, prompt, turns
+from tests.tiers.test_tiering import LAYOUT, SIZE, Cache, prompt, turns
 
 MIB = 1 << 20
 CODEC = BlockCodec(
@@ -534,6 +534,21 @@ def test_closing_keeps_its_time_limit_while_another_holds_the_lock(tmp_path, mon
     tier = DiskTier(tmp_path, 8 * MIB)
     assert [one.key for one in tier.items()] == [key(2), key(1)], "the order of use was written"
     tier.close()
+
+
+def test_flush_writes_again_what_made_room_for_the_rest_of_it(tmp_path):
+    cache = Cache(12, [f"disk:{tmp_path}?max=1MiB&sync=off"])
+    cache.run(prompt(0))
+    held = cache.open(prompt(0))  # found in the pool all the time, so on disk it becomes the least recently used
+    [disk] = cache.stack.tiers
+    for number in range(1, 200):
+        cache.run(prompt(number))
+        assert cache.stack.flush(5, everything=True)
+        findable = [tier_key("block", one.group, one.key or b"") for one in cache.core.findable_blocks()]
+        assert findable
+        assert all(map(disk.contains, findable))
+    assert sum(1 for _ in disk.items()) < 199 * len(prompt(0)) // SIZE, "it had to delete some"
+    cache.core.close(held)
 
 
 @pytest.mark.parametrize("read", [False, True], ids=["blocks to write", "an order of use to write too"])
