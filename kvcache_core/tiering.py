@@ -253,31 +253,25 @@ class TierStack(OpenTiers):
         if target is None:
             return True
         written: set[bytes] = set()
-        if not self._write_missing([target], deadline, written):
-            return False
-        # To make room, this may have deleted what lay there already and had not been used for longest.
-        below, before = range(target, len(self.tiers)), 0
+        before = -1
+        # Until nothing is missing: to make room, what lay there already and had not been used for longest is deleted.
         while len(written) > before:
             before = len(written)
-            if not self._write_missing(below, deadline, written):
+            if not self._write_missing(target, deadline, written):
                 return False
         return True
 
-    def _write_missing(self, numbers: Sequence[int], deadline: float | None, written: set[bytes]) -> bool:
-        """Write what lies in none of these tiers into the first; False for what has to be written a second time too."""
-
-        def is_there(key: bytes) -> bool:
-            return any(self.has(number, key) for number in numbers)
-
-        stats = self.stats[numbers[0]]
-        volatile = ([item] for tier in self.tiers[: numbers[0]] for item in tier.volatile_items())
-        for items in chain(self._spilled(is_there), volatile):
-            missing = [item for item in items if not is_there(item[0])]
+    def _write_missing(self, target: int, deadline: float | None, written: set[bytes]) -> bool:
+        """Write what is not there; False if a part of it was ``written`` before: it does not fit."""
+        stats = self.stats[target]
+        volatile = ([item] for tier in self.tiers[:target] for item in tier.volatile_items())
+        for items in chain(self._spilled(partial(self.has, target)), volatile):
+            missing = [item for item in items if not self.has(target, item[0])]
             errors, keys = stats.errors, {key for key, _ in missing}
             if keys & written:
-                return False  # it does not fit
+                return False
             written |= keys
-            self.queue.write(missing, numbers[0])
+            self.queue.write(missing, target)
             if stats.errors != errors or _is_past(deadline):
                 return False
         return True

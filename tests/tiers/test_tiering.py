@@ -27,9 +27,12 @@ WEIGHTS = b"w" * 16
 class Cache:
     """A block cache whose "model" writes at each slot a value that follows from the tokens so far."""
 
-    def __init__(self, num_blocks: int, tiers: Any, *, namespace: bytes = b"n", **options: Any) -> None:
-        self.core = BlockCache(num_blocks, layout=LAYOUT, namespace=namespace)
-        self.store = NumpyStore(LAYOUT, num_blocks)
+    def __init__(
+        self, num_blocks: int, tiers: Any, *, namespace: bytes = b"n", layout: Any = LAYOUT, **options: Any
+    ) -> None:
+        self.layout = layout
+        self.core = BlockCache(num_blocks, layout=layout, namespace=namespace)
+        self.store = NumpyStore(layout, num_blocks)
         self.stack = TierStack(tiers, **{"promote": "always", **options})
         self.stack.bind(self.core, self.store)
         self.served = 0
@@ -37,7 +40,7 @@ class Cache:
 
     def open(self, prompt: list[int], salt: bytes = b"") -> Any:
         seq = self.core.open(prompt, salt)
-        self.stack.serve(LAYOUT, self.core.namespace, WEIGHTS, salt)
+        self.stack.serve(self.layout, self.core.namespace, WEIGHTS, salt)
         self.stack.promote(seq)
         return seq
 
@@ -49,7 +52,7 @@ class Cache:
         self.store.apply_copies(plan)
         for layer in range(2):
             slots = plan.groups[layer].slots[0]
-            for name, spec in (("k", LAYOUT.layers[layer].arrays[0]), ("v", LAYOUT.layers[layer].arrays[1])):
+            for name, spec in zip("kv", self.layout.layers[layer].arrays, strict=True):
                 values = [content(prompt[: cached + at + 1], layer, name) for at in range(len(slots))]
                 wide = np.broadcast_to(np.array(values)[:, None, None], (len(slots), spec.heads, spec.size))
                 self.store.write(layer, name, slots, wide.astype(np.float32))
