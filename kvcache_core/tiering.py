@@ -252,26 +252,35 @@ class TierStack(OpenTiers):
         target = self.persistent
         if target is None:
             return True
+        found: set[bytes] = set()  # when it begins: others may go on meanwhile
         written: set[bytes] = set()
-        before = -1
-        # Until nothing is missing: to make room, what lay there already and had not been used for longest is deleted.
-        while len(written) > before:
-            before = len(written)
-            if not self._write_missing(target, deadline, written):
-                return False
-        return True
 
-    def _write_missing(self, target: int, deadline: float | None, written: set[bytes]) -> bool:
-        """Write what is not there; False if a part of it was ``written`` before: it does not fit."""
+        def is_there(key: bytes) -> bool:
+            found.add(key)
+            return self.has(target, key)
+
+        def is_done(key: bytes) -> bool:
+            return key not in found or self.has(target, key)
+
+        done, before = self._write_missing(target, deadline, is_there, written), 0
+        # Until nothing is missing: to make room, what lay there already and had not been used for longest is deleted.
+        while done and len(written) > before:
+            before = len(written)
+            done = self._write_missing(target, deadline, is_done, written)
+        return done
+
+    def _write_missing(
+        self, target: int, deadline: float | None, skip: Callable[[bytes], bool], written: set[bytes]
+    ) -> bool:
+        """Write what is not to be skipped; False if a part of it was ``written`` before: it does not fit."""
         stats = self.stats[target]
-        volatile = ([item] for tier in self.tiers[:target] for item in tier.volatile_items())
-        for items in chain(self._spilled(partial(self.has, target)), volatile):
-            missing = [item for item in items if not self.has(target, item[0])]
-            errors, keys = stats.errors, {key for key, _ in missing}
+        volatile = ([item] for tier in self.tiers[:target] for item in tier.volatile_items() if not skip(item[0]))
+        for items in chain(self._spilled(skip), volatile):
+            errors, keys = stats.errors, {key for key, _ in items}
             if keys & written:
                 return False
             written |= keys
-            self.queue.write(missing, target)
+            self.queue.write(items, target)
             if stats.errors != errors or _is_past(deadline):
                 return False
         return True

@@ -133,8 +133,10 @@ def choose_greedily(
 
     def body(at: _Tensor, token: _Tensor, chosen: _Tensor, _: _Tensor, *own: list[_Tensor]) -> list[Any]:
         first = step.positions[:, :1]
-        now = LoopStep(step.store, step.dtype, [token, first + at, step.last_index * 0, *step.packed[3:]], True)
-        now.levels, now.context, now.start, now.at, now.fixed = step.levels, context, first, at, fixed
+        packed = [token, first + at, step.last_index * 0, *step.packed[3:]]
+        now = LoopStep(
+            step.store, step.dtype, packed, True, step.levels, context=context, start=first, at=at, fixed=fixed
+        )
         now.own = {layer: Part(k, v, is_long=False) for layer, k, v in zip(layers, *own, strict=True)}
         token = tf.argmax(run_model(now)[:, 0], axis=-1, output_type=tf.int32)[:, None]
         ended = tf.reduce_any((token == eos_ids) & is_row)

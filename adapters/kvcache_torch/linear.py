@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcache_torch.native import active, in_use
+from kvcache_torch.native import active
 
 __all__ = ["linear", "pack_weights", "unpack_weights"]
 
@@ -72,7 +72,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if not torch.compiler.is_compiling():
         return _fast_linear(x, weight, bias)
-    if x.numel() == x.shape[-1] and not in_use():
+    if x.numel() == x.shape[-1] and active() is None:
         # One row: the compiler makes one loop of this.
         product = (weight * x.reshape(-1)).sum(-1)
         return (product if bias is None else product + bias).reshape(*x.shape[:-1], -1)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvcache_core.extents import shared_extents
 
-__all__ = ["DecodeReads", "Kernels", "PrefillReads", "active", "in_use", "load", "use_native"]
+__all__ = ["DecodeReads", "Kernels", "PrefillReads", "active", "load", "use_native"]
 
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC"]
 _SOURCES = {"decode.c": ["-ffast-math"], "linear.c": ["-ffast-math"], "prefill.c": []}
@@ -207,11 +207,6 @@ _active: list[Kernels] = []
 def active() -> Kernels | None:
     """The kernels, if they are in use."""
     return _active[0] if _active else None
-
-
-def in_use() -> bool:
-    """Whether there are kernels in use; may be asked in a graph that is being compiled."""
-    return len(_active) > 0
 
 
 def use_native() -> bool:

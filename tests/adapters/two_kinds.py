@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -63,8 +64,59 @@ class TwoKinds:
             self.check()
             assert self.cache.stats() == before
 
+    def memory_cannot_move(self, prompt: Callable[..., list[int]], samples: Callable[..., Any]) -> None:
+        """Without memory for other arrays the division stays as it is; later it is tried again."""
+        self.generate([prompt(0, 60)])
+        blocks = self.cache.core.num_blocks
+        with no_memory(self.cache.store, 1):
+            for number in range(4):
+                self.encode(samples(number, 8))
+                self.generate([prompt(number, 60)])
+        stats = self.cache.stats()
+        assert (self.cache.core.num_blocks, stats.memory_moves, stats.failed_memory_moves > 0) == (blocks, 0, True)
+        for number in range(2 * blocks):
+            self.encode(samples(number, 8))
+        assert self.cache.stats().memory_moves > 0, "it is tried again"
+        self.generate([prompt(0, 60)])
+
+    def resize_without_memory(
+        self,
+        row: list[int],
+        same: Callable[[Any, int], None],
+        prompt: Callable[..., list[int]],
+        samples: Callable[..., Any],
+    ) -> None:
+        """A resize for which there is no memory changes nothing, also for an open sequence; a later one succeeds.
+
+        Args:
+            row: the sequence's tokens, 14 at least.
+            same: asserts that logits are the ones that the model gives behind a token of ``row``.
+            prompt: makes a prompt, of a seed and a length.
+            samples: makes samples, of a seed and a number.
+        """
+        self.encode(samples(0, 16))
+        self.generate([prompt(1, 60)])
+        seq = self.cache.open(row)
+        self.cache.step([seq], [row[:10]])
+        blocks = self.cache.core.num_blocks
+        for at, size in enumerate((blocks // 2, 2 * blocks, f"{self.memory // 2}B", f"{2 * self.memory}B"), 10):
+            self.resize_in_vain(size)
+            same(self.cache.step([seq], [row[at : at + 1]])[0], at)
+        misses = self.cache.stats().miss_entries
+        self.encode(samples(0, 16))
+        assert self.cache.stats().miss_entries == misses
+        seq.close()
+        self.generate([prompt(1, 60)])
+        self.memory //= 2
+        self.cache.resize(memory=self.memory)
+        self.generate([prompt(1, 60)])
+
     def array_bytes(self) -> int:
         """Bytes of the arrays of K and V, as the framework has them."""
+        raise NotImplementedError
+
+    def encode(self, x: Any) -> None:
+        """Encode inside the cache; the answer is that of outside."""
         raise NotImplementedError
 
     def check(self) -> None:

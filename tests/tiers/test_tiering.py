@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
@@ -475,6 +475,22 @@ def test_closing_has_a_time_limit():
     started = time.monotonic()
     assert not cache.stack.close(0.1)
     assert time.monotonic() - started < 0.6
+
+
+def test_flush_ends_while_others_go_on():
+    class Busy(RamTier):
+        persistent = True
+
+        def put_many(self, items):
+            cache.run(prompt(next(numbers)))
+            return super().put_many(items)
+
+    numbers = count(2)
+    cache = Cache(40, [Busy(1 << 20)])
+    cache.run(prompt(1))
+    assert cache.stack.flush(20, everything=True)
+    assert next(numbers) < 10
+    cache.stack.close(0)
 
 
 def test_no_thread_is_left_behind():

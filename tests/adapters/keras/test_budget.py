@@ -15,7 +15,6 @@ from kvcache_core import CacheFull
 from kvcache_keras import generate
 from tests.adapters.keras.models import Small, ids
 from tests.adapters.two_kinds import ENTRY, TwoKinds
-from tests.no_memory import no_memory
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -136,39 +135,15 @@ def test_a_resize_without_memory_changes_nothing():
     both = Both()
     row = prompt(5, 24)
     plain = both.decoder(tf.constant([row]))[0].numpy()
-    both.encode(samples(0, 16))
-    both.generate([prompt(1, 60)])
-    seq = both.cache.open(row)
-    both.cache.step([seq], [row[:10]])
-    blocks = both.cache.core.num_blocks
-    for at, size in enumerate((blocks // 2, 2 * blocks, f"{both.memory // 2}B", f"{2 * both.memory}B"), 10):
-        both.resize_in_vain(size)
-        found = both.cache.step([seq], [row[at : at + 1]])[0]
+
+    def same(found, at):
         np.testing.assert_allclose(found, plain[at], rtol=1e-4, atol=2e-5)
-    misses = both.cache.stats().miss_entries
-    both.encode(samples(0, 16))
-    assert both.cache.stats().miss_entries == misses
-    seq.close()
-    both.generate([prompt(1, 60)])
-    both.memory //= 2
-    both.cache.resize(memory=both.memory)
-    both.generate([prompt(1, 60)])
+
+    both.resize_without_memory(row, same, prompt, samples)
 
 
 def test_memory_that_cannot_move_stays_where_it_is():
-    both = Both()
-    both.generate([prompt(0, 60)])
-    blocks = both.cache.core.num_blocks
-    with no_memory(both.cache.store, 1):
-        for number in range(4):
-            both.encode(samples(number, 8))
-            both.generate([prompt(number, 60)])
-    stats = both.cache.stats()
-    assert (both.cache.core.num_blocks, stats.memory_moves, stats.failed_memory_moves > 0) == (blocks, 0, True)
-    for number in range(2 * blocks):
-        both.encode(samples(number, 8))
-    assert both.cache.stats().memory_moves > 0, "it is tried again"
-    both.generate([prompt(0, 60)])
+    Both().memory_cannot_move(prompt, samples)
 
 
 @given(

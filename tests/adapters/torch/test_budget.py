@@ -16,7 +16,6 @@ from kvcache_core import CacheFull
 from kvcache_torch import KVCache, generate
 from tests.adapters.torch.models import Small, close, ids, prompt
 from tests.adapters.two_kinds import BLOCK_SIZE, ENTRY, TwoKinds
-from tests.no_memory import no_memory
 
 
 class Encoder(nn.Module):
@@ -163,39 +162,11 @@ def test_a_resize_without_memory_changes_nothing():
     row = prompt(5, 24)
     with torch.inference_mode():
         plain = both.decoder(torch.tensor([row]))[0]
-    both.encode(samples(0, 16))
-    both.generate([prompt(1, 60)])
-    seq = both.cache.open(row)
-    both.cache.step([seq], [row[:10]])
-    blocks = both.cache.core.num_blocks
-    for at, size in enumerate((blocks // 2, 2 * blocks, f"{both.memory // 2}B", f"{2 * both.memory}B"), 10):
-        both.resize_in_vain(size)
-        found = both.cache.step([seq], [row[at : at + 1]])[0]
-        close(torch.from_numpy(found), plain[at])
-    misses = both.cache.stats().miss_entries
-    both.encode(samples(0, 16))
-    assert both.cache.stats().miss_entries == misses
-    seq.close()
-    both.generate([prompt(1, 60)])
-    both.memory //= 2
-    both.cache.resize(memory=both.memory)
-    both.generate([prompt(1, 60)])
+    both.resize_without_memory(row, lambda found, at: close(torch.from_numpy(found), plain[at]), prompt, samples)
 
 
 def test_memory_that_cannot_move_stays_where_it_is():
-    both = Both()
-    both.generate([prompt(0, 60)])
-    blocks = both.cache.core.num_blocks
-    with no_memory(both.cache.store, 1):
-        for number in range(4):
-            both.encode(samples(number, 8))
-            both.generate([prompt(number, 60)])
-    stats = both.cache.stats()
-    assert (both.cache.core.num_blocks, stats.memory_moves, stats.failed_memory_moves > 0) == (blocks, 0, True)
-    for number in range(2 * blocks):
-        both.encode(samples(number, 8))
-    assert both.cache.stats().memory_moves > 0, "it is tried again"
-    both.generate([prompt(0, 60)])
+    Both().memory_cannot_move(prompt, samples)
 
 
 def test_resize_keeps_the_one_limit():
