@@ -32,7 +32,7 @@ class Budget:
     least recently used content of both kinds but for two parts. Where evicting its own would not be enough, a kind
     takes what it needs. Nothing moves while a step or a reader of the arrays is under way: then a kind evicts its own;
     what activations lacked is looked at again before the next step. Nor where there is no memory for new arrays: that
-    is tried again after as many uses as there are blocks.
+    is tried again after as many uses, or times that memory was wanted, as there are blocks.
 
     Invariants (:meth:`check_valid` asserts them):
         - the bytes of the arrays and the limit of the activations are ``memory`` together.
