@@ -189,6 +189,11 @@ class SharedFile:
             )
             self._env.reader_check()
             self.handles = (self._env, *_databases(self._env, name))
+        except lmdb.ReadonlyError as error:
+            self._failure = TierError(
+                f"tier {name!r} cannot be opened ({error}); let this user read and write its data.mdb and lock.mdb, or "
+                "name another folder"
+            )
         except (lmdb.Error, OSError) as error:
             self._failure = TierError(
                 f"tier {name!r} cannot be opened ({error}); name another folder, or delete it if no process uses it"
@@ -254,6 +259,6 @@ def _is_damaged(path: Path, map_size: int) -> bool:
     command = [sys.executable, "-I", "-c", _CHECK, str(path), str(map_size), str(_READERS), *sys.path]
     try:
         done = subprocess.run(command, capture_output=True, check=False, timeout=_CHECK_SECONDS)
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, OSError):  # no more processes, or no right to start one: nothing is known
         return False
     return done.returncode in _DAMAGED

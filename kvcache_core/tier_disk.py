@@ -17,8 +17,8 @@ from kvcache_core import lmdbfile
 from kvcache_core.blockformat import Buffer
 from kvcache_core.errors import InvalidInput, KVCacheWarning, TierError
 from kvcache_core.lmdbfile import SharedFile, footprint, held_by_another, lmdb, make_folder
-from kvcache_core.sizes import parse_memory
-from kvcache_core.tiers import Item, StoredItem, Tier, url_options
+from kvcache_core.tiers import Item, StoredItem, Tier
+from kvcache_core.tierurl import TierUrl
 from kvcache_core.waiting import within
 
 __all__ = ["DiskTier", "open_disk_tier"]
@@ -34,17 +34,12 @@ _TOUCHES = 256
 
 def open_disk_tier(url: str) -> DiskTier:
     """A :class:`DiskTier` from ``disk:PATH?max=20GiB&sync=off``."""
-    options = url_options(url, ("max", "sync"))
+    at = TierUrl(url, "disk:PATH?max=20GiB&sync=on", ("max", "sync"))
     path = unquote(url.partition(":")[2].partition("?")[0])
     if not path:
-        raise InvalidInput(f"tier {url!r} needs a folder: 'disk:PATH?max=20GiB'")
-    try:
-        size = parse_memory(options["max"]) if "max" in options else _DEFAULT_MAX
-    except InvalidInput as error:
-        raise InvalidInput(f"tier {url!r}: {error}") from None
-    if options.get("sync", "on") not in ("on", "off"):
-        raise InvalidInput(f"tier {url!r}: sync must be 'on' or 'off', got {options['sync']!r}")
-    return DiskTier(path, size, sync=options.get("sync", "on") == "on")
+        raise at.error("it needs a folder")
+    size = at.size("max", f"{_DEFAULT_MAX}", least=_MINIMUM)
+    return DiskTier(path, size, sync=at.switch("sync", default=True))
 
 
 class DiskTier(Tier):

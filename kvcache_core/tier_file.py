@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcache_core.blockformat import Buffer, checksum, secret_from_environment
-from kvcache_core.errors import BlockRefused, TierError
+from kvcache_core.errors import BlockRefused, InvalidInput, TierError
 from kvcache_core.tiers import Item, StoredItem, Tier
 
 __all__ = ["MAGIC", "FileTier", "open_file_tier", "write_saved"]
@@ -154,8 +154,11 @@ def open_file_tier(url: str) -> FileTier:
     """A :class:`FileTier` from ``file:PATH``.
 
     Raises:
+        InvalidInput: it names no file.
         TierError: there is no such file, or it is no undamaged saved cache.
     """
+    if not url.partition(":")[2]:
+        raise InvalidInput(f"tier {url!r} needs a file: 'file:PATH', which cache.save(PATH) makes")
     try:
         return FileTier(url.partition(":")[2])
     except (OSError, BlockRefused) as error:

@@ -9,13 +9,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from kvcache_core.blockformat import Buffer
-from kvcache_core.errors import InvalidInput, PartlyFailed, TierError
-from kvcache_core.sizes import parse_memory
+from kvcache_core.errors import PartlyFailed, TierError
 from kvcache_core.splitting import MANIFEST_BYTES, in_parts, is_split, part_name, read_manifest
-from kvcache_core.tiers import Item, StoredItem, Tier, url_options
+from kvcache_core.tiers import Item, StoredItem, Tier
+from kvcache_core.tierurl import TierUrl
 from kvcache_core.valkeynodes import Breaker, ClusterNodes, remedy
 
 try:
@@ -30,6 +30,8 @@ __all__ = ["ValkeyTier", "open_valkey_tier"]
 
 _PREFIX = b"kvcache:"
 _RECENT = 65_536
+_CONNECTIONS = 64
+_FORM = "valkey://[user:password@]host:6379/0?ttl=86400&timeout=1"
 _OPTIONS = ("ttl", "timeout", "split", "cluster", "ca", "verify")
 
 
@@ -38,39 +40,38 @@ def open_valkey_tier(url: str) -> ValkeyTier:
 
     Without a password in the URL, that of the environment's ``KVCACHE_VALKEY_PASSWORD`` is used.
     """
-    options = url_options(url, _OPTIONS)
-    parts = urlsplit(url)
-    try:
-        port = 6379 if parts.port is None else parts.port
-        database = int(parts.path.strip("/") or 0)
-        ttl, timeout = int(options.get("ttl", 86_400)), float(options.get("timeout", 1.0))
-        split = parse_memory(options.get("split", "16MiB"))
-    except ValueError as error:
-        raise InvalidInput(
-            f"tier {_shown(url)!r}: {error}; the form is valkey://host:6379/0?ttl=86400&timeout=1.0, with the number "
-            "of a port and a database, and the seconds of ttl and timeout"
-        ) from None
-    if not parts.hostname or ttl < 1 or timeout <= 0:
-        raise InvalidInput(f"tier {_shown(url)!r} needs a host, a ttl of at least 1 s and a timeout above 0 s")
-    password = unquote(parts.password) if parts.password else os.environ.get("KVCACHE_VALKEY_PASSWORD")
-    tls: dict[str, Any] = {}
-    if parts.scheme in ("valkeys", "rediss"):
-        # The client's own default takes a certificate that is valid for any other host.
-        tls = {"ssl": True, "ssl_ca_certs": options.get("ca"), "ssl_check_hostname": True}
-        if options.get("verify") == "off":
-            tls |= {"ssl_cert_reqs": "none", "ssl_check_hostname": False}
+    at = TierUrl(url, _FORM, _OPTIONS)
+    host, port, database = at.parts.hostname, at.port, at.parts.path.strip("/")
+    user, password = (unquote(part) if part else None for part in (at.parts.username, at.parts.password))
+    cluster = at.switch("cluster", default=False)
+    if not host:
+        raise at.error("it needs a host")
+    if not (database or "0").isdecimal() or (cluster and int(database or 0)):
+        raise at.error("the database must be a number" if not cluster else "a cluster has database 0 alone")
     return ValkeyTier(
-        parts.hostname,
-        port,
-        database,
-        username=unquote(parts.username) if parts.username else None,
-        password=password,
-        ttl=ttl,
-        timeout=timeout,
-        split_bytes=split,
-        cluster=options.get("cluster", "off") == "on",
-        tls=tls,
+        host,
+        6379 if port is None else port,
+        int(database or 0),
+        username=user,
+        password=password or os.environ.get("KVCACHE_VALKEY_PASSWORD"),
+        ttl=int(at.seconds("ttl", 86_400, whole=True)),
+        timeout=at.seconds("timeout", 1.0),
+        split_bytes=at.size("split", "16MiB", least=1000),
+        cluster=cluster,
+        tls=_tls(at),
     )
+
+
+def _tls(at: TierUrl) -> dict[str, Any]:
+    """The client's options for TLS; empty for a connection without."""
+    if at.parts.scheme not in ("valkeys", "rediss"):
+        if given := at.given("ca", "verify"):
+            raise at.error(f"{given[0]} is for TLS: valkeys:// or rediss://")
+        return {}
+    verify = at.switch("verify", default=True)
+    # The client's own default takes a certificate that is valid for any other host.
+    tls = {"ssl": True, "ssl_ca_certs": at.text("ca"), "ssl_check_hostname": verify}
+    return tls if verify else {**tls, "ssl_cert_reqs": "none"}
 
 
 class ValkeyTier(Tier):
@@ -133,9 +134,12 @@ class ValkeyTier(Tier):
             else:
                 # A connection that a restarted server has closed is opened anew, once.
                 retry = Retry(NoBackoff(), 1, supported_errors=(valkey.ConnectionError,))
-                self._client = valkey.Valkey(
-                    host=host, port=port, db=database, max_connections=64, retry=retry, **common
+                kind = valkey.SSLConnection if common.pop("ssl", False) else valkey.Connection
+                # Threads beyond so many wait: to them, too, a busy server is none that has failed.
+                pool = valkey.BlockingConnectionPool(  # type: ignore[no-untyped-call]
+                    _CONNECTIONS, timeout, kind, host=host, port=port, db=database, retry=retry, **common
                 )
+                self._client = valkey.Valkey.from_pool(pool)
             # A cluster has answered already; its client would ask every node, and one of them may be gone.
             if not cluster and self._client.ping() is not True:
                 raise TierError("it does not answer PING")
@@ -286,9 +290,3 @@ class ValkeyTier(Tier):
 def _sendable(value: Buffer) -> bytes | memoryview:
     """What the client sends without a copy."""
     return value if isinstance(value, bytes) else memoryview(value).cast("B")
-
-
-def _shown(url: str) -> str:
-    """The URL without its password."""
-    password = urlsplit(url).password
-    return url.replace(f":{password}@", ":***@") if password else url

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
-from urllib.parse import parse_qsl, urlsplit
 
 from kvcache_core.blockformat import Buffer
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.sizes import parse_memory
+from kvcache_core.tierurl import without_password
 
-__all__ = ["Item", "RamTier", "StoredItem", "Tier", "open_tier", "url_options"]
+__all__ = ["Item", "RamTier", "StoredItem", "Tier", "open_tier"]
 
 Item = tuple[bytes, Buffer]
 """(key, value)."""
@@ -189,6 +189,9 @@ class RamTier(Tier):
         return True
 
 
+_LEAST = 1000
+"""Bytes of a RAM tier by URL: who asks for fewer has forgotten the unit."""
+
 _OPTIONAL = {
     "file": ("kvcache_core.tier_file", "open_file_tier"),
     "disk": ("kvcache_core.tier_disk", "open_disk_tier"),
@@ -215,31 +218,17 @@ def open_tier(tier: str | Tier) -> Tier:
         if not rest:
             raise InvalidInput(f"tier {tier!r} needs its size: 'ram:4GiB'")
         try:
-            return RamTier(parse_memory(rest))
+            size = parse_memory(rest)
         except InvalidInput as error:
-            raise InvalidInput(f"tier {tier!r}: {error}") from None
+            raise InvalidInput(f"tier {tier!r}: {error}; the form is 'ram:4GiB'") from None
+        if size < _LEAST:
+            raise InvalidInput(f"tier {tier!r}: {size} bytes hold no block; with a unit the form is 'ram:4GiB'")
+        return RamTier(size)
     if not colon or scheme not in _OPTIONAL:
         known = "ram:SIZE, disk:PATH?max=SIZE, valkey://HOST:PORT/DB (or redis://, valkeys://, rediss://), file:PATH"
-        raise InvalidInput(f"tier {tier!r} has an unknown scheme; there are {known}")
+        raise InvalidInput(f"tier {without_password(tier)!r} has an unknown scheme; there are {known}")
     module, function = _OPTIONAL[scheme]
     opened = getattr(import_module(module), function)(tier)
     if not isinstance(opened, Tier):
         raise InvalidType(f"{module}.{function} returned {type(opened).__name__}")
     return opened
-
-
-def url_options(url: str, allowed: Sequence[str]) -> dict[str, str]:
-    """The options behind the ``?`` of a tier's URL.
-
-    Raises:
-        InvalidInput: an option that the tier does not have, or one that stands twice.
-    """
-    pairs = parse_qsl(urlsplit(url).query, keep_blank_values=True)
-    options = dict(pairs)
-    unknown = sorted(set(options) - set(allowed))
-    if unknown or len(options) != len(pairs):
-        raise InvalidInput(
-            f"tier {url!r}: {f'unknown option {unknown[0]!r}' if unknown else 'an option stands twice'}; "
-            f"there are {', '.join(allowed)}"
-        )
-    return options

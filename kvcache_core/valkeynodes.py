@@ -23,6 +23,8 @@ __all__ = ["Breaker", "ClusterNodes", "remedy"]
 _T = TypeVar("_T")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _THREADS = 16
+_PASSWORD = ("NOAUTH", "WRONGPASS", "Authentication required", "username-password pair")
+"""A cluster's client hides what kind of error it was."""
 
 
 class Breaker:
@@ -170,7 +172,7 @@ def remedy(error: Exception, *, tls: bool) -> str:
     other = "it speaks TLS at all (else valkey://)" if tls else "it wants TLS (valkeys://)"
     if "Cluster mode is not enabled" in text:
         return f"it is no part of a cluster ({text}); leave out ?cluster=on"
-    if isinstance(error, valkey.AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
+    if isinstance(error, valkey.AuthenticationError) or any(sign in text for sign in _PASSWORD):
         return f"wrong or missing password ({text}); put it into the URL or into KVCACHE_VALKEY_PASSWORD"
     if isinstance(error, valkey.TimeoutError):
         return f"no answer ({text}); check host and port, and whether {other}"

@@ -16,7 +16,7 @@ CORE, ADAPTERS = "kvcache_core", ("kvcache_torch", "kvcache_keras")
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("sizes", "identity", "weightfile", "described", "waiting"),
-    ("types", "sharing", "crc", "staging"),
+    ("types", "sharing", "crc", "staging", "tierurl"),
     ("keys", "stats", "admission", "tree", "weights", "worth", "analysis", "progress", "sources"),
     ("inputs", "frames", "layout", "samples"),
     ("quantization", "blockformat", "statefile"),

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -697,9 +698,10 @@ def test_the_clock_set_back_serves_what_was_written_in_the_future(tmp_path, monk
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("disk:", "needs a folder: 'disk:PATH"),
-        ("disk:{}?max=lots", "memory must be a size"),
-        ("disk:{}?max=1kB", "max must be at least 1 MiB"),
+        ("disk:", "it needs a folder; the form is disk:PATH"),
+        ("disk:{}?max=lots", "max must be a size"),
+        ("disk:{}?max=", "max must be a size"),
+        ("disk:{}?max=1kB", "max must be at least 1,048,576 bytes, got 1,000"),
         ("disk:{}?size=1GiB", "unknown option 'size'; there are max, sync"),
         ("disk:{}?max=1GiB&max=2GiB", "an option stands twice"),
         ("disk:{}?sync=maybe", "sync must be 'on' or 'off'"),
@@ -714,10 +716,26 @@ def test_a_bad_url_is_one_clear_error(tmp_path, url, message):
     assert "disk:" in str(raised.value)
 
 
-def test_no_permission_is_one_clear_error(tmp_path):
-    """Somebody else's folder: tried by a child, for the tests may run as a user who may do everything."""
-    folder = tmp_path / "theirs"
-    folder.mkdir(mode=0o555)
+@pytest.fixture
+def everybodys() -> Iterator[Path]:
+    """A folder that any user can look into; pytest's own are one user's."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize(
+    ("kept", "remedy"), [("folder", "name a folder that can"), ("file", "let this user read and write its data.mdb")]
+)
+def test_no_permission_is_one_clear_error(everybodys, kept, remedy):
+    """Somebody else's folder, or file: tried by a child, for the tests may run as a user who may do everything."""
+    folder = everybodys / "theirs"
+    folder.mkdir()
+    if kept == "file":
+        filled(folder)
+        (folder / "data.mdb").chmod(0o400)
+        (folder / "lock.mdb").chmod(0o400)
+    folder.chmod(0o555 if kept == "folder" else 0o777)
     code = """
 import os, sys
 import kvcache_core.tier_disk
@@ -726,7 +744,7 @@ if not os.geteuid():
     os.setuid(65534)
 try:
     open_tier(sys.argv[1])
-except ValueError as error:
+except Exception as error:
     print(error)
 """
     done = subprocess.run(
@@ -737,7 +755,8 @@ except ValueError as error:
         check=True,
     )
     assert "tier 'disk:" in done.stdout
-    assert "name a folder that can" in done.stdout
+    assert remedy in done.stdout
+    assert not list(folder.glob("*.damaged"))
 
 
 def test_a_file_of_another_version_is_refused(tmp_path):

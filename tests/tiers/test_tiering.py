@@ -538,6 +538,8 @@ def test_a_tier_that_costs_more_than_computing_is_left_out():
         ("ram:lots", "tier 'ram:lots': memory must be a size"),
         ("ram:-1", "tier 'ram:-1'"),
         ("ram:0", "more than zero"),
+        ("ram:4", "4 bytes hold no block; with a unit the form is 'ram:4GiB'"),
+        ("file:", "needs a file: 'file:PATH'"),
         ("floppy:a", "unknown scheme; there are ram:SIZE"),
         ("", "unknown scheme"),
     ],

