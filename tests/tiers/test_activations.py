@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -176,6 +180,41 @@ def test_another_process_finds_them_once_it_knows_the_structure(kit, tmp_path):
     assert other.close()
 
 
+ANOTHER = """
+import sys
+from tests.tiers.test_activations import Keras, Torch, attached, run
+for kit, url in ((Torch, sys.argv[1]), (Keras, sys.argv[2])):
+    cache, module = attached(kit, [url])
+    print([run(kit, cache, module, seed) for seed in (7, 0, 1, 2)], cache.stats().hit_entries)
+    run(kit, cache, module, 3)
+    assert cache.close()
+"""
+
+
+def test_a_real_process_finds_them_and_is_found(tmp_path):
+    """Nothing in a key is this process's own: neither hashes of Python nor identities of objects."""
+    urls = [f"disk:{tmp_path / kit.__name__}?max=8MiB&sync=off" for kit in (Torch, Keras)]
+    for kit, url in zip((Torch, Keras), urls, strict=True):
+        cache, module = attached(kit, [url])
+        for seed in range(3):
+            assert run(kit, cache, module, seed) == 4
+        assert cache.close()
+    root = Path(__file__).parents[2]
+    paths = [str(root), str(root / "adapters")]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ANOTHER, *urls],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "77"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines() == ["[4, 0, 0, 0] 12"] * 2, done.stderr
+    for kit, url in zip((Torch, Keras), urls, strict=True):
+        cache, module = attached(kit, [url])
+        assert [run(kit, cache, module, seed) for seed in (7, 3)] == [4, 0]
+        assert cache.close()
+
+
 @BOTH
 def test_written_through_before_they_are_evicted(kit, tmp_path):
     url = f"disk:{tmp_path}?max=8MiB&sync=off"
@@ -282,6 +321,80 @@ def test_damaged_values_are_misses(kit):
         tier.put_many([(item.key, bytes(value))])
     with pytest.warns(KVCacheWarning, match="does not verify"):
         assert run(kit, cache, module, 0) > 0
+    cache.close()
+
+
+@BOTH
+@pytest.mark.parametrize("theirs", ["", "guess"], ids=["unsigned", "signed with another secret"])
+def test_a_writer_without_the_secret_cannot_poison(kit, monkeypatch, theirs):
+    tier = RamTier(1 << 20)
+    monkeypatch.setenv("KVCACHE_SECRET", theirs)
+    outsider, module = attached(kit, [tier])
+    for seed in range(3):
+        run(kit, outsider, module, seed)
+        outsider.flush(5)
+    monkeypatch.setenv("KVCACHE_SECRET", "secret")
+    insider, again = attached(kit, [tier])
+    run(kit, insider, again, 7)
+    with pytest.warns(KVCacheWarning, match="does not verify"):
+        assert run(kit, insider, again, 0) == 4
+    assert insider.tier_stats()[0].refused == 4
+    for seed in (8, 9, 10):  # evict them: now they are written again, signed
+        run(kit, insider, again, seed)
+        insider.flush(5)
+    assert run(kit, insider, again, 0) == 0
+    for cache in (outsider, insider):
+        cache.close()
+
+
+@BOTH
+@pytest.mark.parametrize("secret", ["", "shared by all tenants"], ids=["unsigned", "signed"])
+def test_results_under_anothers_key_return_nothing(kit, monkeypatch, secret):
+    """Whoever knows the format can work out another tenant's keys, and put results of its own there."""
+    monkeypatch.setenv("KVCACHE_SECRET", secret)
+    stores = {b"attacker": RamTier(1 << 20), b"victim": RamTier(1 << 20)}
+    for salt, tier in stores.items():
+        cache, module = attached(kit, [tier], salt=salt)
+        run(kit, cache, module, 0)
+        for seed in (1, 2):
+            run(kit, cache, module, seed)
+        cache.flush(5)
+        cache._tiers.queue.close(0)
+    own = [
+        tier_value for item in stores[b"attacker"].items() for tier_value in stores[b"attacker"].get_many([item.key])
+    ]
+    poisoned = RamTier(1 << 20)
+    poisoned.put_many([(item.key, value) for item, value in zip(stores[b"victim"].items(), own, strict=True)])
+    victim, module = attached(kit, [poisoned], salt=b"victim")
+    run(kit, victim, module, 7)
+    with pytest.warns(KVCacheWarning, match="does not verify"):
+        assert run(kit, victim, module, 0) == 4
+    assert victim.stats().hit_entries == 0
+    victim.close()
+
+
+@BOTH
+def test_a_tier_that_costs_more_than_computing_is_left_out(kit):
+    """What computing costs is measured, and shown; what loading costs is told here."""
+    tier = RamTier(1 << 20)
+    module = kit.module()
+    cache = kit.KVCache(6, tiers=[tier])
+    cache.attach(module, kind="activation")
+    for seed in range(3):
+        run(kit, cache, module, seed)
+        assert cache.flush(5)
+    for _ in range(50):
+        cache._tiers.costs.loaded(0, 1, 1e9)
+    before = cache.tier_stats()[0]
+    hits, skipped = before.hits, before.skipped
+    assert run(kit, cache, module, 0) == 4
+    after = cache.tier_stats()[0]
+    assert (after.hits, after.skipped) == (hits, skipped + 1)
+    assert 0 < after.recompute_seconds_per_mib < after.seconds_per_mib
+    cache.flush(5)
+    for _ in range(200):
+        cache._tiers.costs.loaded(0, 1 << 40, 1e-9)
+    assert run(kit, cache, module, 1) == 0
     cache.close()
 
 

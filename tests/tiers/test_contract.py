@@ -12,6 +12,7 @@ from examples.fsspec_tier import FileSystemTier
 from kvcache_core.testing import check_tier
 from kvcache_core.tier_disk import DiskTier
 from kvcache_core.tiers import RamTier, Tier, open_tier
+from tests.tiers.test_valkey import cluster_of_three
 
 
 def test_ram():
@@ -31,6 +32,20 @@ def test_valkey(valkey_server, valkey_url, split):
         return open_tier(valkey_url + split)
 
     check_tier(make)
+
+
+def test_a_cluster():
+    with cluster_of_three() as servers:
+        clients = [server.client() for server in servers]
+
+        def make() -> Tier:
+            for client in clients:
+                client.flushall()
+            return open_tier(f"valkey://127.0.0.1:{servers[0].port}/0?timeout=5&split=3kB&cluster=on")
+
+        check_tier(make)
+        for client in clients:
+            client.close()
 
 
 @pytest.mark.parametrize("kind", ["memory", "local"])

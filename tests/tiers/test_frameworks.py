@@ -239,6 +239,31 @@ def test_a_tier_that_fails_never_fails_the_model():
     cache._tiers.queue.close(0)
 
 
+@pytest.mark.parametrize("framework", ["torch", "keras"])
+def test_a_tier_that_costs_more_than_computing_is_left_out(framework):
+    """What computing a prompt costs is measured as it is served, and shown; what loading costs is told here."""
+    one = tiered(framework, PLAIN, make_weights(PLAIN), 8, [RamTier(1 << 24)], promote="auto")
+    whole, costs = 4 * PLAIN.block_size, one.cache._tiers.costs
+    first, second, third = prompts(PLAIN)
+    for prompt in (first, second, third):
+        check(one, prompt, 0)
+        assert one.cache.flush(10)
+    for _ in range(50):
+        costs.loaded(0, 1, 1e9)
+    check(one, first, 0)
+    stats = one.cache.tier_stats()[0]
+    assert (stats.hits, stats.skipped) == (0, 1)
+    assert 0 < stats.recompute_seconds_per_mib < stats.seconds_per_mib
+    assert one.cache.flush(10)
+    for _ in range(200):
+        costs.loaded(0, 1 << 40, 1e-9)
+    check(one, second, whole)
+    stats = one.cache.tier_stats()[0]
+    assert stats.hits > 0
+    assert stats.recompute_seconds_per_mib > stats.seconds_per_mib > 0
+    one.cache.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", ["torch", "keras"])
 def test_one_changed_element_of_smollm2_is_another_model(framework):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+from collections.abc import Iterable
 from itertools import count, pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ from kvcache_core import BlockCache, BlockLayout, InvalidInput, InvalidType, KVC
 from kvcache_core.admission import AfterSightings, ChainAdmission, Sampled
 from kvcache_core.demotion import DemotionQueue, Pending
 from kvcache_core.opentiers import tier_key
+from kvcache_core.poolitems import block_codecs
 from kvcache_core.store import NumpyStore
 from kvcache_core.tiering import TierStack
 from kvcache_core.tiers import Item, RamTier, Tier, open_tier
@@ -47,18 +49,20 @@ class Cache:
     def run(self, prompt: list[int], salt: bytes = b"") -> int:
         """Compute what is not cached, check every slot that the sequence can read, close; returns the tokens cached."""
         seq = self.open(prompt, salt)
-        cached = seq.num_cached
-        plan = self.core.plan([seq], [prompt[cached:]])
-        self.store.apply_copies(plan)
-        for layer in range(2):
-            slots = plan.groups[layer].slots[0]
-            for name, spec in zip("kv", self.layout.layers[layer].arrays, strict=True):
-                values = [content(prompt[: cached + at + 1], layer, name) for at in range(len(slots))]
-                wide = np.broadcast_to(np.array(values)[:, None, None], (len(slots), spec.heads, spec.size))
-                self.store.write(layer, name, slots, wide.astype(np.float32))
-        self.core.commit(plan)
-        self.check(seq, prompt)
-        self.core.close(seq)
+        try:
+            cached = seq.num_cached
+            plan = self.core.plan([seq], [prompt[cached:]])
+            self.store.apply_copies(plan)
+            for layer in range(2):
+                slots = plan.groups[layer].slots[0]
+                for name, spec in zip("kv", self.layout.layers[layer].arrays, strict=True):
+                    values = [content(prompt[: cached + at + 1], layer, name) for at in range(len(slots))]
+                    wide = np.broadcast_to(np.array(values)[:, None, None], (len(slots), spec.heads, spec.size))
+                    self.store.write(layer, name, slots, wide.astype(np.float32))
+            self.core.commit(plan)
+            self.check(seq, prompt)
+        finally:
+            self.core.close(seq)
         self.served += 1
         return cached
 
@@ -143,6 +147,37 @@ def test_an_order_of_tiers_passes_down_what_is_dropped():
     cache.stack.close()
 
 
+@pytest.mark.parametrize("admit", ["all", AfterSightings(2)], ids=["all", "after two sightings"])
+def test_memory_to_disk_to_network(tmp_path, valkey_url, admit):
+    """What the pool evicts goes to RAM, what is no longer room for there to disk, then to the server; all come back."""
+    layout = BlockLayout([LayerSpec.attention(2, 512), LayerSpec.attention(1, 512, window=6)], SIZE)
+    row = sum(layout.packed_bytes(group) for group in range(2))
+    tiers = [f"ram:{6 * row}B", f"disk:{tmp_path}?max=1MiB&sync=off", valkey_url]
+    cache = Cache(12, tiers, layout=layout, admit=admit)
+
+    def run_all(seeds: Iterable[int] = range(12)) -> list[int]:
+        found = []
+        for seed in seeds:
+            found.append(cache.run(prompt(seed)))
+            assert cache.stack.flush(5)
+        return found
+
+    assert run_all() == [0] * 12
+    held = [sum(item.nbytes for item in tier.items()) for tier in cache.stack.tiers]
+    assert held == [0] * 3 if admit != "all" else all(held)
+    if admit != "all":
+        assert cache.stack.refused_blocks > 80
+        assert run_all() == [0] * 12, "their second sighting"
+    assert run_all(reversed(range(12))) == [20] * 12, "the last ones are in RAM, those before on disk"
+    ram, disk, _ = cache.stack.tiers
+    assert (ram.nbytes() or 0) <= 6 * row
+    assert (disk.nbytes() or 0) <= 1 << 20
+    assert all(stats.hits for stats in cache.stack.stats)
+    assert cache.answered() == (24 if admit == "all" else 36, 12 * 20 - 32), "some were in the pool"
+    assert cache.stack.dropped_blocks == 0
+    cache.stack.close()
+
+
 def test_a_longer_prompt_continues_a_promoted_one():
     cache = Cache(8, [RamTier(1 << 20)])
     cache.run(prompt(1, 20))
@@ -192,20 +227,85 @@ def test_salts_and_namespaces_never_meet():
     assert Cache(6, [tier]).run(prompt(1), b"alice") == 20
 
 
-def test_a_key_made_by_an_adversary_returns_nothing():
+def keys_of(cache: Cache, tokens: list[int], salt: bytes) -> list[tuple[int, bytes, bytes]]:
+    """(layer group, chained key, key in a tier) of a prompt's blocks: for anybody to work out who knows the salt."""
+    seq = cache.core.open(tokens, salt)
+    found = [(group, key, tier_key("block", group, key)) for key in seq.prompt_keys for group in range(2)]
+    cache.core.close(seq)
+    return found
+
+
+@pytest.mark.parametrize("secret", [b"", b"shared by all tenants"], ids=["unsigned", "signed"])
+def test_a_block_under_anothers_key_returns_nothing(secret):
     """Values moved under the keys that another tenant will ask for do not verify: they say whose they are."""
     tier = RamTier(1 << 20)
-    attacker = Cache(6, [tier])
+    attacker = Cache(6, [tier], secret=secret)
     attacker.run(prompt(1), b"attacker")
     attacker.run(prompt(2), b"attacker")
     attacker.stack.flush(5)
-    stolen = [tier.get_many([item.key])[0] for item in tier.items()]
-    victim = Cache(6, [tier])
-    seq = victim.core.open(prompt(1), b"victim")
-    tier.put_many([(tier_key("block", group, key), stolen[0]) for key in seq.prompt_keys for group in range(2)])
-    victim.core.close(seq)
+    stolen = {item.key: tier.get_many([item.key])[0] for item in tier.items()}
+    own = [stolen[key] for _, _, key in keys_of(attacker, prompt(1), b"attacker")]
+    victim = Cache(6, [tier], secret=secret)
+    wanted = [key for _, _, key in keys_of(victim, prompt(1), b"victim")]
+    tier.put_many(list(zip(wanted, own, strict=True)))  # of the same tokens, each in its place
     with pytest.warns(KVCacheWarning, match="does not verify"):
         assert victim.run(prompt(1), b"victim") == 0
+    assert victim.stack.stats[0].refused == len(wanted)
+    for cache in (attacker, victim):
+        cache.stack.close()
+
+
+@pytest.mark.parametrize("guess", [b"", b"guess"], ids=["unsigned", "signed with another secret"])
+def test_a_forged_block_returns_nothing_where_there_is_a_secret(guess):
+    """Whoever knows format, salt and tokens can make every byte of a header, and a key; not the HMAC."""
+    tier = RamTier(1 << 20)
+    victim = Cache(6, [tier], secret=b"secret")
+    codecs = block_codecs(LAYOUT, WEIGHTS, b"victim", guess)
+    for group, own, key in keys_of(victim, prompt(1), b"victim"):
+        tier.put_many([(key, codecs[group].encode(own, bytes(codecs[group].payload_bytes), 5))])
+    with pytest.warns(KVCacheWarning, match="does not verify"):
+        assert victim.run(prompt(1), b"victim") == 0
+    assert victim.stack.stats[0].refused == 10
+    open_to_all = Cache(6, [tier], secret=guess)
+    with pytest.raises(AssertionError):  # they are well made: what is missing is the secret alone
+        open_to_all.run(prompt(1), b"victim")
+    for cache in (victim, open_to_all):
+        cache.stack.close()
+
+
+def test_a_miss_does_not_depend_on_what_others_have_stored():
+    """The same questions to the tier, key by key, and as many of them: so a miss takes as long."""
+
+    class Watched(RamTier):
+        def __init__(self) -> None:
+            super().__init__(1 << 20)
+            self.asked: list[Any] = []
+
+        def get_many(self, keys):
+            self.asked.append(list(keys))
+            return super().get_many(keys)
+
+        def contains(self, key):
+            self.asked.append(key)
+            return super().contains(key)
+
+    asked = []
+    for others in ([], [(b"another tenant", 1)], [(b"another tenant", seed) for seed in range(1, 9)]):
+        tier = Watched()
+        for salt, seed in others:
+            writer = Cache(6, [tier])
+            writer.run(prompt(seed), salt)
+            writer.run(prompt(99), salt)
+            assert writer.stack.flush(5)
+            writer.stack.close()
+        assert bool(list(tier.items())) == bool(others)
+        tier.asked = []
+        mine = Cache(6, [tier])
+        assert mine.run(prompt(1), b"mine") == 0
+        asked.append(tier.asked)
+        mine.stack.close()
+    assert asked[0]
+    assert asked[1:] == asked[:1] * 2
 
 
 def test_a_writer_without_the_secret_cannot_poison():
