@@ -73,6 +73,8 @@ class EntryCache:
         self._blocks: dict[bytes, int] = {}
         self._contents: dict[int, Entry] = {}
         self._stored: list[int] = []
+        self._spare: list[int] = []
+        """Blocks taken for the rest of a call's entries: one by one they cost twice as much."""
         self._sizes = np.zeros(self._pool.num_blocks + 1, np.int64)
         self.below: Below | None = None
         self.limit: LimitOf = no_limit
@@ -141,26 +143,21 @@ class EntryCache:
                 with self._lock:
                     self._store(entry)
                     self._settle()
-        found: list[Any] = []
-        blocks: dict[int, None] = {}  # in order, each once
         compute: list[int] = []
         sources: dict[int, int] = {}
         first: dict[bytes, int] = {}
         with self._lock:
             if self.trace is not None:
                 self.trace.extend(keys)
-            for sample, key in enumerate(keys):
-                block = self._blocks.get(key)
-                if block is not None:
-                    blocks[block] = None
-                    found.append(self._contents[block].payload)
-                    continue
-                found.append(None)
+            blocks = list(map(self._blocks.get, keys))
+            found = [None if block is None else self._contents[block].payload for block in blocks]
+            for sample in [at for at, block in enumerate(blocks) if block is None]:
+                key = keys[sample]
                 if key not in first:
                     first[key] = len(compute)
                     compute.append(sample)
                 sources[sample] = first[key]
-            self._pool.use(list(blocks))
+            self._pool.use([block for block in dict.fromkeys(blocks) if block is not None])  # in order, each once
             self.hit_entries += len(keys) - len(compute)
             self.miss_entries += len(compute)
         return EntryLookup(keys, found, compute, sources)
@@ -176,6 +173,7 @@ class EntryCache:
         """
         rest = sum(sizes)
         with self._lock:
+            self._spare = self._pool.take(min(len(sizes), self._pool.num_free))[0][::-1]
             try:
                 for sample, payload, size in zip(lookup.compute, payloads, sizes, strict=True):
                     entry = Entry(lookup.keys[sample], payload, size, form)
@@ -198,11 +196,14 @@ class EntryCache:
             return True
         if not self._make_room(entry.nbytes, rest):
             return False
-        if not self._pool.num_available:
-            self._settle()
-        block, was_evicted = self._pool.take_one()
-        if was_evicted:
-            self._forget([block])
+        if self._spare:
+            block = self._spare.pop()
+        else:
+            if not self._pool.num_available:
+                self._settle()
+            block, was_evicted = self._pool.take_one()
+            if was_evicted:
+                self._forget([block])
         self._blocks[entry.key] = block
         self._contents[block] = entry
         self._sizes[block] = entry.nbytes
@@ -211,7 +212,13 @@ class EntryCache:
         return True
 
     def _settle(self) -> None:
-        """Let go of the blocks that entries were given, before one of them can be evicted: the first one goes first."""
+        """Let go of the blocks that entries were given, before one of them can be evicted: the first one goes first.
+
+        Those that none was given are free again.
+        """
+        if self._spare:
+            self._pool.release(self._spare)
+            self._spare = []
         if self._stored:
             blocks = id_array(self._stored[::-1])
             self._stored.clear()
@@ -269,7 +276,7 @@ class EntryCache:
                 if not self._blocks:
                     return False
                 self._forget(self._pool.evict(1))
-        if not self._pool.num_free:
+        if not self._spare and not self._pool.num_free:
             self._resize_pool(2 * self._pool.num_blocks)
         return True
 

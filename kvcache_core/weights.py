@@ -65,7 +65,7 @@ class ContentSample:
             always += (bits[:: -(-bits.size // _ALWAYS)], bits[-1:])
             rotating.append(bits[:: max(1, row - 1)])
         self._arrays = list(arrays)  # the memory that is read
-        self._always, self._rotating = _places_of(always), _places_of(rotating)
+        self._always, self._rotating = _places_of(always, 1), _places_of(rotating, _PHASES)
         self._next = 0
 
     def changed(self) -> bool:
@@ -73,7 +73,7 @@ class ContentSample:
         self._next = (self._next + 1) % _PHASES
         if not (
             any(places.changed() for places in self._always)
-            or any(places.changed(self._next, _PHASES) for places in self._rotating)
+            or any(places.changed(self._next) for places in self._rotating)
         ):
             return False
         for places in (*self._always, *self._rotating):
@@ -94,20 +94,25 @@ class _Places:
         size: bytes of an element.
         offset: what their addresses leave when divided by the size.
         numbers: int64, address // size of each.
+        phases: every so-manyth of them is compared at a look. Those of one phase are kept side by side: what a look
+            does not need does not come through the processor's caches.
     """
 
-    def __init__(self, size: int, offset: int, numbers: NDArray[np.int64]) -> None:
+    def __init__(self, size: int, offset: int, numbers: NDArray[np.int64], phases: int) -> None:
         self._memory = np.asarray(_Memory(size, offset))
-        self._numbers = numbers - 1
+        parts = [numbers[phase::phases] - 1 for phase in range(phases)]
+        ends = np.cumsum([0, *map(len, parts)]).tolist()
+        self._parts = [slice(*ends[phase : phase + 2]) for phase in range(phases)]
+        self._numbers = np.concatenate(parts)
         self.look()
 
     def look(self) -> None:
         """What is there now is what later looks compare with."""
         self.seen = self._memory[self._numbers]
 
-    def changed(self, phase: int = 0, phases: int = 1) -> bool:
-        """Whether one of every ``phases``-th element, from number ``phase`` on, differs from what was seen."""
-        part = slice(phase, None, phases)
+    def changed(self, phase: int = 0) -> bool:
+        """Whether an element of this phase differs from what was seen."""
+        part = self._parts[phase]
         return not np.array_equal(self._memory[self._numbers[part]], self.seen[part])
 
 
@@ -123,11 +128,11 @@ class _Memory:
         }
 
 
-def _places_of(views: Sequence[NDArray[Any]]) -> list[_Places]:
+def _places_of(views: Sequence[NDArray[Any]], phases: int) -> list[_Places]:
     """The elements of all views, [N] each, those of equal size and alignment together."""
     found: dict[tuple[int, int], list[NDArray[np.int64]]] = {}
     for view in views:
         size, address = view.itemsize, view.__array_interface__["data"][0]
         numbers = address // size + np.arange(view.size) * (view.strides[0] // size)
         found.setdefault((size, address % size), []).append(numbers)
-    return [_Places(*kind, np.concatenate(numbers)) for kind, numbers in sorted(found.items())]
+    return [_Places(*kind, np.concatenate(numbers), phases) for kind, numbers in sorted(found.items())]

@@ -63,7 +63,9 @@ class Site(ActivationSite):
 
     def copies(self, tensor: _Tensor) -> list[tuple[_Tensor, int]]:
         """Each row as an array of its own (a view would keep its whole batch in memory), and its bytes."""
-        return [(np.array(row), row.nbytes) for row in np.asarray(tensor)]
+        array = np.asarray(tensor)
+        size = array.nbytes // max(1, len(array))
+        return [(np.array(row), size) for row in array]
 
     def stack(self, rows: Sequence[_Tensor]) -> _Tensor:
         """Rows as one new tensor [B, ...]."""
@@ -191,10 +193,14 @@ class Site(ActivationSite):
 
 def _stacked(samples: Sequence[Sequence[Any]]) -> list[Any]:
     """The rows of each sample as arrays [B, ...]."""
-    columns = list(zip(*samples, strict=True))
-    if any(row.shape != column[0].shape for column in columns for row in column):
-        raise InvalidInput("the module's output shape depends on the other samples of its batch; do not attach it")
-    return [np.array(column) for column in columns]
+    stacked = []
+    for column in zip(*samples, strict=True):
+        shape = column[0].shape
+        if any(row.shape != shape for row in column):
+            raise InvalidInput("the module's output shape depends on the other samples of its batch; do not attach it")
+        # A row without dimensions is a number: it cannot be joined, and np.array takes three times as long.
+        stacked.append(np.concatenate(column).reshape(len(column), *shape) if shape else np.array(column))
+    return stacked
 
 
 def call(cache: KVCache, site: Site, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -17,6 +17,14 @@ _STEP, _CHECK_TARGET = "one decode step", 0.02
 _LOOKS = 16
 
 
+def check_bypassed(cache: Any, calls: int) -> None:
+    """Raise unless nearly all of the last ``calls`` calls went past the cache, and none was served."""
+    stats = cache.stats()
+    skipped = stats.bypass_reasons.get("the cache costs more than it saves", 0)
+    if skipped < 0.95 * calls or stats.hit_entries:
+        raise AssertionError(f"{skipped} of {calls} calls were bypassed, {stats.hit_entries} samples served: {stats}")
+
+
 def weights_check(runs: int, cache: Any, decode: Callable[[Any, int], object], steps: int) -> Row:
     """Milliseconds to notice whether the weights changed; ``decode(seq, steps)`` takes so many decode steps."""
     tokens = prompt(128, 0)
