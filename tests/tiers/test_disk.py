@@ -639,10 +639,15 @@ def newer_process(url: str) -> list[str]:
 def test_two_code_versions_share_a_file(tmp_path):
     """A process of another block format version, in every order: neither sees the other's blocks, both are served."""
     url = f"disk:{tmp_path}?max=8MiB&sync=off"
-    assert newer_process(url) == ["1", "0", "1", "20"]
     cache = Cache(20, [url])
+    assert newer_process(url) == ["1", "0", "1", "20"], "while this one has the file open"
     assert cache.run(prompt(1)) == 0
     assert cache.answered() == (1, 0)
+    assert cache.stack.flush(5, everything=True)
+    assert newer_process(url) == ["1", "20", "1", "20"]
+    cache.core.clear()
+    assert cache.run(prompt(1)) == 20
+    assert cache.answered() == (1, 20)
     assert cache.stack.stats[0].refused == 0, "other keys: a plain miss"
     assert cache.stack.close()
     tier = DiskTier(tmp_path, 8 * MIB)
