@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from kvcache_core.errors import InvalidType
 from kvcache_core.tiers import Tier
 
 __all__ = ["check_tier"]
@@ -23,13 +24,18 @@ def check_tier(make: Callable[[], Tier], *, value_bytes: int = 5000, seed: int =
 
     Raises:
         AssertionError: it says which rule is broken.
+        InvalidType: ``make`` is no function, or what it makes is no tier.
 
     Example:
         >>> from kvcache_core.tiers import RamTier
         >>> check_tier(lambda: RamTier(2_000_000))
     """
+    if not callable(make):
+        raise InvalidType(f"check_tier needs a function that makes a tier, lambda: MyTier(...); got {make!r}")
     for rule in (_round_trip, _overwrite, _listing, _reading_inside_a_lease, _threads, _closing):
         tier = make()
+        if not isinstance(tier, Tier):
+            raise InvalidType(f"a tier is a subclass of kvcache_core.tiers.Tier; make gave {tier!r}")
         try:
             rule(tier, np.random.default_rng(seed), value_bytes)
         finally:
@@ -49,14 +55,19 @@ def _pairs(random: np.random.Generator, count: int, size: int) -> list[tuple[byt
 
 
 def _read(tier: Tier, keys: Iterable[bytes]) -> list[bytes | None]:
-    return [None if value is None else bytes(value) for value in tier.get_many(list(keys))]
+    keys = list(keys)
+    found = tier.get_many(keys)
+    _expect(isinstance(found, list), "return a list from get_many", found)
+    _expect(len(found) == len(keys), "return as many values as there are keys, None for what it has not", len(found))
+    return [None if value is None else bytes(value) for value in found]
 
 
 def _round_trip(tier: Tier, random: np.random.Generator, size: int) -> None:
     pairs = _pairs(random, 50, size)
     _expect(_read(tier, [key for key, _ in pairs]) == [None] * 50, "be empty when it is new")
-    _expect(tier.get_many([]) == [], "answer an empty question with an empty list")
+    _expect(_read(tier, []) == [], "answer an empty question with an empty list")
     dropped = tier.put_many([(key, memoryview(bytearray(value))) for key, value in pairs])
+    _expect(isinstance(dropped, list), "return a list from put_many: what it dropped for room, [] for nothing", dropped)
     _expect(dropped == [], "drop nothing while there is room", len(dropped))
     tier.put_many([])
     tier.flush()
@@ -66,6 +77,9 @@ def _round_trip(tier: Tier, random: np.random.Generator, size: int) -> None:
     expected = [dict(pairs).get(key) for key in asked]
     _expect(_read(tier, asked) == expected, "return each value under its own key, and None where there is none")
     _expect(_read(tier, [*asked, *asked]) == [*expected, *expected], "answer a key that is asked for twice twice")
+    peeked = [tier.peek(key) for key in (keys[0], keys[0] + b"x")]
+    found = [None if value is None else bytes(value) for value in peeked]
+    _expect(found == [dict(pairs)[keys[0]], None], "show the same value to who only looks (peek)")
     _expect(all(not tier.contains(key + b"x") for key in keys), "not claim what it never saw")
     if tier.nbytes() is not None:
         _expect((tier.nbytes() or 0) >= sum(len(value) for _, value in pairs), "count the bytes it holds")

@@ -63,6 +63,7 @@ class DiskTier(Tier):
     """
 
     persistent = True
+    exact_contains = True
 
     def __init__(self, path: str | os.PathLike[str], max_bytes: int = _DEFAULT_MAX, *, sync: bool = True) -> None:
         self.path = Path(path).absolute()

@@ -257,14 +257,14 @@ class TierStack(OpenTiers):
 
         def is_there(key: bytes) -> bool:
             found.add(key)
-            return self.has(target, key)
+            return key in written or self.has(target, key)
 
         def is_done(key: bytes) -> bool:
             return key not in found or self.has(target, key)
 
         done, before = self._write_missing(target, deadline, is_there, written), 0
         # Until nothing is missing: to make room, what lay there already and had not been used for longest is deleted.
-        while done and len(written) > before:
+        while done and len(written) > before and self.tiers[target].exact_contains:
             before = len(written)
             done = self._write_missing(target, deadline, is_done, written)
         return done

@@ -55,6 +55,10 @@ class Tier(ABC):
     read_only = False
     """Whether nothing is ever written to it."""
 
+    exact_contains = False
+    """Whether :meth:`contains` also says surely what is not there. Then a flush writes again what the tier has deleted
+    to make room for the rest of it."""
+
     keep_displaced = False
     """Set by the cache when there is a tier below: then :meth:`put_many` should return what it drops for room."""
 
@@ -116,6 +120,8 @@ class RamTier(Tier):
         >>> [key for key, _ in tier.put_many([(b"c", bytes(40))])]
         [b'b']
     """
+
+    exact_contains = True
 
     def __init__(self, max_bytes: int) -> None:
         self.name = "ram"

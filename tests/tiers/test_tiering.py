@@ -593,6 +593,41 @@ def test_flush_ends_while_others_go_on():
     cache.stack.close(0)
 
 
+def test_flush_believes_a_tier_that_cannot_say_what_it_holds():
+    """``contains`` may forget, and by default says nothing: what was put without an error is there."""
+
+    class Vague(Tier):
+        persistent = True
+
+        def __init__(self) -> None:
+            self.kept = RamTier(1 << 20)
+
+        def get_many(self, keys):
+            return self.kept.get_many(keys)
+
+        def put_many(self, items: list[Item]) -> list[Item]:
+            if failing:
+                raise OSError("gone")
+            return self.kept.put_many(items)
+
+    failing: list[bool] = []
+    tier = Vague()
+    cache = Cache(12, ["ram:12kB", tier])
+    for seed in (0, 1, 2, 3, 0):  # what has come up again is in RAM and in the pool
+        cache.run(prompt(seed))
+        assert cache.stack.flush(5)
+    assert cache.stack.flush(5, everything=True)
+    again = Cache(20, [tier])
+    assert [again.run(prompt(seed)) for seed in range(4)] == [20] * 4
+    failing.append(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KVCacheWarning)
+        assert not cache.stack.flush(5, everything=True)
+        failing.clear()
+        assert cache.stack.close()
+        assert again.stack.close()
+
+
 def test_no_thread_is_left_behind():
     running = set(threading.enumerate())  # one of another test may still be ending
     for _ in range(3):
