@@ -59,7 +59,7 @@ class _Model:
 
 @app.command()
 def inspect(
-    tier: Annotated[str, typer.Argument(help="disk:PATH or valkey://HOST:PORT/DB")],
+    tier: Annotated[str, typer.Argument(help="disk:PATH, file:PATH or valkey://HOST:PORT/DB")],
     *,
     verify: Annotated[bool, typer.Option(help="read every value and check it")] = False,
     prune: Annotated[bool, typer.Option(help="delete what --older-than, --model and --down-to name")] = False,
@@ -73,6 +73,8 @@ def inspect(
         size = parse_memory(down_to) if down_to else None
         if prune and not (older_than or model or down_to):
             raise InvalidInput("--prune needs to know what: --older-than, --model or --down-to")
+        if not prune and (older_than or model or down_to):
+            raise InvalidInput("--older-than, --model and --down-to say what to delete; add --prune, or leave them out")
         _check_is_there(tier)
         opened = open_tier(tier)
     except KVCacheError as error:
@@ -215,7 +217,11 @@ def _prune(tier: Tier, chosen: Callable[[Header | None], bool] | None, size: int
 
 
 def _check_is_there(tier: str) -> None:
-    """Opening a disk tier makes one, which nobody means who wants to see what is there."""
+    """Opening a disk tier makes one, which nobody means who wants to see what is there; one in RAM is always new."""
+    if tier.startswith("ram:"):
+        raise InvalidInput(
+            f"tier {tier!r} lies in the memory of a process that uses it: there, cache.tier_stats() tells"
+        )
     path = unquote(tier.removeprefix("disk:").partition("?")[0])
     if tier.startswith("disk:") and path and not Path(path, "data.mdb").exists():
         raise InvalidInput(f"tier {tier!r}: nothing lies at {path}, no data.mdb; name the folder of a disk tier")

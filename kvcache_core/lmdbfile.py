@@ -47,6 +47,9 @@ def look(map_size):
     if not env.stat()["entries"]:
         return  # another process has only just made it
     with env.begin(buffers=True) as txn:
+        cursor = txn.cursor()
+        if not all(map(cursor.set_key, (b"values", b"records", b"order", b"meta"))):
+            return  # another program's: whole or not, it is not for us to move
         for name in (b"values", b"records", b"order"):
             db = env.open_db(name, txn=txn, create=False)
             for key, value in txn.cursor(db):
@@ -226,6 +229,9 @@ def _databases(env: Any, name: str) -> list[Any]:
     threads run while it waits only in ``begin``.
     """
     with env.begin(write=True) as txn:
+        cursor = txn.cursor()
+        if cursor.first() and not all(map(cursor.set_key, _NAMES)):
+            raise TierError(f"tier {name!r}: its data.mdb is another program's; name a folder of its own")
         handles = [env.open_db(one, txn=txn) for one in _NAMES]
         found = txn.get(b"format", db=handles[3])
         if found is None:

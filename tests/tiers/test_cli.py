@@ -159,6 +159,8 @@ def test_prune(url):
     [
         (["floppy:a"], "unknown scheme"),
         (["disk:"], "needs a folder"),
+        (["ram:4GiB"], "lies in the memory of a process that uses it"),
+        (["URL", "--older-than", "7d"], "say what to delete; add --prune"),
         (["URL", "--prune"], "--prune needs to know what"),
         (["URL", "--prune", "--older-than", "soon"], "an age is a number"),
         (["URL", "--prune", "--model", "smollm"], "first letters of its weights"),

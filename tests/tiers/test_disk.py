@@ -764,6 +764,20 @@ except Exception as error:
     assert not list(folder.glob("*.damaged"))
 
 
+@pytest.mark.parametrize("named", [[], [b"values"]], ids=["no named databases", "a name of ours"])
+def test_another_programs_file_stays_as_it_is(tmp_path, named):
+    with lmdb.open(str(tmp_path), max_dbs=1, map_size=1 << 24) as env:
+        databases = [env.open_db(one) for one in named] or [None]
+        with env.begin(write=True) as txn:
+            for number in range(500):
+                txn.put(key(number), b"precious", db=databases[0])
+    before = (tmp_path / "data.mdb").read_bytes()
+    with pytest.raises(TierError, match=r"tier 'disk:.*': its data.mdb is another program's; name a folder of its own"):
+        open_tier(f"disk:{tmp_path}?max=8MiB")
+    assert (tmp_path / "data.mdb").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.mdb", "lock.mdb"]
+
+
 def test_a_file_of_another_version_is_refused(tmp_path):
     filled(tmp_path)
     with lmdb.open(str(tmp_path), max_dbs=4) as env:
