@@ -29,6 +29,7 @@ LOCK_SECONDS = 10.0
 _FORMAT = b"kvcache-disk-1"
 _NAMES = (b"values", b"records", b"order", b"meta")
 _READERS = 512
+_LOCK_BYTES = 64 * _READERS + 8192
 _DAMAGED = {3, *(-getattr(signal, name, 0) for name in ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE"))} - {0}
 """Exit codes of the check: it says so, or the file has crashed it. Whoever was killed has found nothing."""
 
@@ -109,11 +110,13 @@ class SharedFile:
         largest = max(max_bytes, file.stat().st_size if file.exists() else 0)  # the budget may have been larger
         map_size = largest + largest // 4 + (16 << 20)
         inode = file.stat().st_ino if file.exists() else None
+        _take_room_for_locks(path, name)
         if inode and _is_damaged(path, map_size) and file.stat().st_ino == inode:  # else another process was faster
             aside = path / f"data.mdb.{int(time.time())}-{os.getpid()}.damaged"
             file.rename(aside)
             with contextlib.suppress(OSError):
                 (path / "lock.mdb").unlink()
+            _take_room_for_locks(path, name)
             message = f"tier {name!r}: its file was damaged and is {aside.name} now; a new one is begun"
             warnings.warn(message, KVCacheWarning, stacklevel=2)
         # In a thread: opening takes the file's lock, for which LMDB waits without limit.
@@ -256,6 +259,21 @@ def make_folder(path: Path, name: str) -> None:
         probe.unlink()
     except OSError as error:
         raise InvalidInput(f"tier {name!r}: {path} cannot be written ({error}); name a folder that can") from None
+
+
+def _take_room_for_locks(path: Path, name: str) -> None:
+    """LMDB maps a new lock file before it has room on the disk; where there is none, touching it ends the process."""
+    fallocate = getattr(os, "posix_fallocate", None)  # not on every system
+    if fallocate is None:
+        return
+    try:
+        with (path / "lock.mdb").open("ab") as file:
+            if not os.fstat(file.fileno()).st_size:
+                fallocate(file.fileno(), 0, _LOCK_BYTES)
+    except PermissionError:
+        return  # opening it says what is wrong
+    except OSError as error:
+        raise TierError(f"tier {name!r}: its disk has no room ({error}); free some, or name another folder") from None
 
 
 def _is_damaged(path: Path, map_size: int) -> bool:

@@ -623,6 +623,55 @@ def test_a_small_file_system(tmp_path):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+OPENS = """
+import sys
+from tests.tiers.test_disk import DiskTier, verified
+try:
+    print(verified(DiskTier(sys.argv[1], 8 << 20), 100))
+except Exception as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["a new one", "one that has lost its lock file"])
+def test_opening_on_a_full_disk_is_one_clear_error(tmp_path, there):
+    """In a process of its own: LMDB would end it. What has its lock file is opened, and served."""
+
+    def opened() -> str:
+        root = str(Path(__file__).parents[2])
+        command = [sys.executable, "-c", OPENS, str(folder / "tier")]
+        return subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, check=True
+        ).stdout
+
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"mounting is not allowed here: {mounted.stderr.decode().strip()}")
+    try:
+        if there:
+            filled(folder / "tier")
+            lock = folder / "tier" / "lock.mdb"
+            before = lock.read_bytes()
+        with pytest.raises(OSError, match="No space left"):
+            (folder / "rest").write_bytes(bytes(5 * MIB))
+        if there:
+            assert opened() == "100\n"
+            lock.unlink()
+            with (folder / "rest").open("ab") as rest, pytest.raises(OSError, match="No space left"):
+                rest.write(before * 2)
+        assert "its disk has no room ([Errno 28] No space left on device); free some" in opened()
+        assert "its disk has no room" in opened()
+        assert not list(folder.glob("tier/*.damaged"))
+        (folder / "rest").unlink()
+        assert opened() == ("100\n" if there else "0\n")
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 def newer_process(url: str) -> list[str]:
     """Requests that a process of the next format version answers, and tokens that it finds: of one prompt, twice."""
     done = subprocess.run(
