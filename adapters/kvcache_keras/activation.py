@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +35,21 @@ _PENDING_AT_MOST = 256
 """Looked-up calls whose graph never came back (it raised) are forgotten beyond this number."""
 
 
+_PAST = -1
+"""The number of a call that goes past the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A call of a graph that was looked up and now computes: what was found, how long that took and when it ended."""
+
+    lookup: EntryLookup
+    form: EntryForm | None
+    tree: Tree
+    spent: float
+    since: float
+
+
 class Site(ActivationSite):
     """One attached layer or model."""
 
@@ -42,7 +59,7 @@ class Site(ActivationSite):
         self.identity = ModuleIdentity(identity, type(module).__name__)
         self._identity = (identity or "").encode()
         self._number = cache.sites.number(module).to_bytes(8, "little")
-        self.pending: OrderedDict[int, tuple[EntryLookup, EntryForm | None, Tree]] = OrderedDict()
+        self.pending: OrderedDict[int, _Pending] = OrderedDict()
         self._numbers = itertools.count(1)
 
     # ---- tensors -------------------------------------------------------------------------------
@@ -92,7 +109,9 @@ class Site(ActivationSite):
 
     def portable(self) -> tuple[bytes, bytes] | None:
         """What stands for the layer with its weights in any process, and the salt; None if nothing does."""
-        weights = self.identity.of(self._state() + self._cache.epoch, lambda: layer_identity(self.module))
+        if self.mode() != self.weights.mode():
+            return None  # a graph that was traced when layers were switched otherwise
+        weights = self.identity.of(self._state() + self.mode() + self._cache.epoch, lambda: layer_identity(self.module))
         return None if weights is None else (weights, self._cache.salt)
 
     def row_format(self) -> RowFormat:
@@ -100,8 +119,8 @@ class Site(ActivationSite):
         return export_row, restore_row
 
     def mode(self) -> bytes:
-        """How the module computes is among its arguments (``training``)."""
-        return b""
+        """What layers are switched to; all else of how the module computes is among its arguments (``training``)."""
+        return self.weights.mode() if local.samples is None else local.mode
 
     def reason_to_bypass(self, leaves: Sequence[_Tensor], training: Any) -> str | None:
         """Why a call must be computed as outside, or None."""
@@ -144,43 +163,68 @@ class Site(ActivationSite):
         dtypes: Sequence[Any],
         arrays: Sequence[Any],
         weights: bytes,
+        mode: bytes,
         output: Tree,
     ) -> tuple[int, list[int], list[Any] | None]:
-        """Look up samples of a graph that found these weights.
+        """Look up samples of a graph that found these weights, and computes as layers were switched when it was traced.
 
         Returns:
             The call's number, the samples to compute, and the whole result [B, ...] if there are none.
         """
-        local.samples = weights  # of this thread: graphs may run side by side
+        start = time.perf_counter()
+        count = next(len(array) for array, mine in zip(arrays, split, strict=False) if mine)
+        if self.worth.skip:
+            self.worth.skip -= 1
+            self.worth.skipped += 1
+            return _PAST, list(range(count)), None
+        local.samples, local.mode = weights, mode  # of this thread: graphs may run side by side
         try:
-            count = next(len(array) for array, mine in zip(arrays, split, strict=False) if mine)
             keys = self.keys(tree, split, dtypes, arrays, self.mode()) if count else []
             form = self.form(output)
         finally:
             local.samples = None
         lookup = self.entries.look_up(keys, form)
-        if keys and not lookup.compute:
-            return 0, [], _stacked([rows for _, rows in lookup.found])
-        number = next(self._numbers)
-        self.pending[number] = lookup, form, output
+        measuring = self.worth.wants_measure
+        if keys and not lookup.compute and not measuring:
+            result = _stacked([rows for _, rows in lookup.found])
+            self.worth.called(count, 0.0, time.perf_counter() - start)
+            return 0, [], result
+        number, now = next(self._numbers), time.perf_counter()
+        self.pending[number] = _Pending(lookup, form, output, now - start, now)
         while len(self.pending) > _PENDING_AT_MOST:
             self.pending.popitem(last=False)
-        return number, lookup.compute, None
+        return number, lookup.compute or list(range(count)), None
 
     def finish(self, number: int, outputs: Sequence[Any]) -> list[Any]:
         """Keep what a graph computed, its arrays [computed, ...], and give the whole result [B, ...]."""
-        lookup, form, tree = self.pending.pop(number)
-        if not lookup.keys:
+        if number == _PAST:
             return list(outputs)
+        start, call = time.perf_counter(), self.pending.pop(number)
+        lookup, computing = call.lookup, start - call.since
+        count = len(lookup.keys)
+        if not count:
+            return list(outputs)
+        if len(lookup.compute) in (0, count):  # all was computed, if only to see how long that takes
+            self.worth.measured(count, computing)
+        result = self._kept(call, outputs) if lookup.compute else list(outputs)
+        spent = call.spent + time.perf_counter() - start
+        saving = len(lookup.compute) < count
+        computing = computing if lookup.compute else 0.0
+        self.worth.called(count if saving else 0, computing if saving else 0.0, spent)
+        return result
+
+    def _kept(self, call: _Pending, outputs: Sequence[Any]) -> list[Any]:
+        """Keep the arrays [computed, ...]; the whole result [B, ...]."""
+        lookup = call.lookup
         if any(len(output) != len(lookup.compute) for output in outputs):
             raise InvalidInput(
                 f"the module's output has no row per sample: for {len(lookup.compute)} samples its shapes are "
                 f"{[output.shape for output in outputs]}; do not attach it"
             )
         columns = [self.copies(output) for output in outputs]
-        computed: list[Payload] = [(tree, [row for row, _ in rows]) for rows in zip(*columns, strict=True)]
+        computed: list[Payload] = [(call.tree, [row for row, _ in rows]) for rows in zip(*columns, strict=True)]
         sizes = [sum(size for _, size in rows) for rows in zip(*columns, strict=True)]
-        self.entries.keep(lookup, computed, sizes, form)
+        self.entries.keep(lookup, computed, sizes, call.form)
         if len(computed) == len(lookup.keys):
             return list(outputs)
         return _stacked(

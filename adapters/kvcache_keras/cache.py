@@ -13,7 +13,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from kvcache_core.binding import ModelSpec
-from kvcache_core.errors import CacheFull, InvalidInput, InvalidType, KVCacheError, UsageError
+from kvcache_core.errors import CacheFull, InvalidInput, InvalidType, UsageError
 from kvcache_core.frontend import FrontendCache
 from kvcache_core.layout import BlockLayout
 from kvcache_core.plan import StepPlan
@@ -21,16 +21,15 @@ from kvcache_core.sequence import Sequence as CachedSequence
 from kvcache_core.types import TokenIds
 from kvcache_keras.activation import Site
 from kvcache_keras.attach import AttachedCall
-from kvcache_keras.context import local, not_recording, outside, stepping
+from kvcache_keras.context import local, not_recording
+from kvcache_keras.describing import describe
 from kvcache_keras.fingerprint import Fingerprint, source_of
 from kvcache_keras.graphcall import PendingCalls
 from kvcache_keras.parameters import values_of
-from kvcache_keras.probe import check_in_parts
-from kvcache_keras.recorder import Recorder, vocab_size
 from kvcache_keras.routes import Routes
-from kvcache_keras.runner import StepRunner, build, one_token, to_numpy, widened
-from kvcache_keras.store import TensorStore, dtype_name, stored_dtype_name
-from kvcache_keras.tokenmodel import model_input, run_model
+from kvcache_keras.runner import StepRunner, to_numpy, widened
+from kvcache_keras.store import TensorStore, stored_dtype_name
+from kvcache_keras.tokenmodel import model_input
 
 __all__ = ["KVCache"]
 
@@ -66,6 +65,7 @@ class KVCache(FrontendCache):
         super().__init__(*args, **kwargs)
         self.pending = PendingCalls()
         self._runner: StepRunner | None = None
+        self._traced: tuple[Fingerprint, bytes] | None = None
         self._weights: weakref.WeakKeyDictionary[Any, Fingerprint] = weakref.WeakKeyDictionary()
         self._routes: Routes | None = None
         self._undo: list[Callable[[], Any]] = []
@@ -91,34 +91,7 @@ class KVCache(FrontendCache):
         local.cache = cache
 
     def _describe(self, model: Any) -> ModelSpec:
-        with tf.init_scope(), not_recording():
-            build(model, self.frames)
-            recorder = Recorder(masks_zero=self.masks_zero)
-            try:
-                with stepping(recorder):
-                    output = run_model(model, one_token(self.frames))
-            except KVCacheError:  # `attention`, `positions` or a layer of Keras's own refused
-                self.saw_attention = True
-                raise
-            finally:
-                self.saw_attention |= bool(recorder.layers)
-        if not tf.is_tensor(output) or output.shape[:2] != (1, 1):
-            found = tuple(output.shape) if tf.is_tensor(output) else type(output).__name__
-            raise InvalidInput(
-                f"a token model must map ids [B, T] or frames [B, T, F] to a tensor [B, T, ...], got {found} for T = 1"
-            )
-        layers = recorder.specs()
-        vocabulary = None if self.frames else vocab_size(model, output, recorder)
-        if self._routes is not None and self._routes.methods:
-            with tf.init_scope(), not_recording(), outside():
-                check_in_parts(model, vocabulary, str(recorder.dtype), self.frames)
-        return ModelSpec(
-            layers,
-            str(recorder.dtype),
-            tuple(output.shape[2:]),
-            dtype_name(output.dtype),
-            vocabulary,
-        )
+        return describe(self, model, self._routes)
 
     def _has_embedding(self, model: Any) -> bool:
         layers = model._flatten_layers() if hasattr(model, "_flatten_layers") else []
@@ -135,8 +108,19 @@ class KVCache(FrontendCache):
 
     def _fingerprint(self, model: Any) -> bytes:
         if local.samples is not None:
-            return local.samples
-        return self.weights_of(model).digest()
+            return local.samples + local.mode
+        weights = self.weights_of(model)
+        state = weights, weights.mode()
+        if self._runner is not None and state != self._traced:
+            # Its graphs compute with other layers, or with layers switched otherwise.
+            self._runner = self._runner.anew()
+        self._traced = state
+        return weights.digest() + state[1]
+
+    def _weights_changed(self) -> bool:
+        self._prepare()
+        weights = self.weights_of(self.model)
+        return (weights, weights.mode()) != self._traced or weights.moved()
 
     def _parameters(self, model: Any) -> Iterator[tuple[str, NDArray[Any]]]:
         for weight in {id(weight): weight for weight in model.weights}.values():

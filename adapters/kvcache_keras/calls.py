@@ -95,6 +95,7 @@ class GraphCall:
         shapes += [[None, None], *([None, 2] for _ in range(count)), *(spec.shape for spec in packed)]
         types_ = [tf.bool, tf.int64, *[tf.int32] * (len(shapes) - 2)]
         self._weights = cache.weights_of(self.model)
+        self._mode = self._weights.mode()
         samples = self._weights.sample()
         graph = tf.compat.v1.get_default_graph()
         with tf.control_dependencies(_latest.get(graph, [])):  # an earlier call's tokens are there to be found
@@ -156,7 +157,7 @@ class GraphCall:
             cache.bypass(rows.count, _HIDDEN)
         if cache.model is not self.model or hidden:
             return [np.array(False), np.array(0), *aligned, *self._no_plan()]
-        local.samples = self._weights.digest_of_samples(samples)
+        local.samples, local.mode = self._weights.digest_of_samples(samples), self._mode
         try:
             cache.refresh()
         finally:

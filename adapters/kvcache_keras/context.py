@@ -25,6 +25,8 @@ class _Local(threading.local):
 
     samples: bytes | None = None
     """The digest of the weights' samples, where a graph has taken them already."""
+    mode: bytes = b""
+    """What layers were switched to when that graph was traced."""
 
 
 local = _Local()

@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter, is_, methodcaller
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
 from kvcache_core.sources import Source
+from kvcache_core.switches import Switches
 from kvcache_core.weights import ContentSample, digest_of
 
-__all__ = ["SOURCE", "Fingerprint", "source_of"]
+__all__ = ["SOURCE", "Fingerprint", "Structure", "source_of"]
 
 SOURCE = "_kvcache_source"
 """The attribute of a variable that a ``ParameterCache`` reads from a file: it is not always in memory."""
@@ -34,6 +36,7 @@ _source_in = methodcaller("get", SOURCE)
 """As :func:`source_of`, of a variable's ``vars``: without a call of Python for each."""
 
 _numbers = itertools.count(1)
+_OF_EVERY_LAYER = frozenset(vars(keras.layers.Layer())) | {"call"}
 
 
 class Fingerprint:
@@ -46,15 +49,17 @@ class Fingerprint:
     TensorFlow (DLPack). Variables on another device are sampled there. Weights that a ``ParameterCache`` reads stand
     for their file.
 
+    :meth:`mode` says what the layers are switched to besides: an adapter by its name, for example. A graph computes
+    with what they were switched to when it was traced.
+
     Until the look after it, an update costs the memory of the weights that it changes once more.
     """
 
     def __init__(self, model: Any, verify: str = "sample") -> None:
         self._verify = verify
         self._lock = threading.Lock()
-        self._tracked = _tracked(model)
-        self._natives = list(map(_value_of, self._tracked))
-        values = {id(one): one for one in map(_value_of, [*self._tracked, *model.weights])}
+        self._structure = Structure(model)
+        values = {id(one): one for one in map(_value_of, [*self._structure.tracked, *model.weights])}
         self._all = [one for one in values.values() if isinstance(one, tf.Variable)]
         self._sources = [source_of(variable) for variable in self._all]
         self._attributes = list(map(vars, self._all))
@@ -83,13 +88,19 @@ class Fingerprint:
 
     def is_of(self, model: Any) -> bool:
         """Whether the model still has the variables this was made for."""
-        found = _tracked(model)
-        return (
-            len(found) == len(self._tracked)
-            and all(map(is_, found, self._tracked))
-            and all(map(is_, map(_value_of, found), self._natives))
-            and all(map(is_, map(_source_in, self._attributes), self._sources))
-        )
+        return self._structure.is_of(model) and all(map(is_, map(_source_in, self._attributes), self._sources))
+
+    def mode(self) -> bytes:
+        """What the layers are switched to, besides their weights; empty if to what they were first."""
+        return b"" if self._verify == "never" else self._structure.mode()
+
+    def moved(self) -> bool:
+        """Whether a variable differs from what the last look found; no look at what is written past TensorFlow."""
+        if self._verify == "never" or self._held is None:
+            return False
+        with tf.init_scope(), self._lock:
+            samples = (self._read_all or self.sample)()
+            return any(not np.array_equal(self._held[at], now) for at, now in self._elsewhere(self._held, samples))
 
     def digest(self) -> bytes:
         """Bytes that stand for the weights as they are now."""
@@ -102,7 +113,8 @@ class Fingerprint:
             return self._files
         if self._verify == "full":
             shapes = repr([variable.shape.as_list() for variable in self._here]).encode()
-            return self._files + shapes + digest_of(list(self._arrays(samples)))
+            self._held = list(self._arrays(samples))
+            return self._files + shapes + digest_of(self._held)
         with self._lock:
             self._compare(samples)
             return self._files + self._value
@@ -111,18 +123,21 @@ class Fingerprint:
         # A tensor's buffer is its memory: no copy, and with no dtype that numpy might not know.
         return map(np.frombuffer, samples, self._bits)
 
+    def _elsewhere(self, held: Sequence[NDArray[Any]], samples: Sequence[_Tensor]) -> list[tuple[int, NDArray[Any]]]:
+        """What was read from other memory than what is held, with its number."""
+        # Array by array: each takes the memory of the one before, which is faster than a list of them.
+        pairs = map(np.may_share_memory, held, self._arrays(samples))
+        return [(at, np.frombuffer(samples[at], self._bits[at])) for at, same in enumerate(pairs) if not same]
+
     def _compare(self, samples: Sequence[_Tensor]) -> None:
         """See whether what was read differs from what is held, and hold it."""
         if self._held is None:
             self._changed(list(self._arrays(samples)))
             return
-        # Array by array: each takes the memory of the one before, which is faster than a list of them.
-        pairs = map(np.may_share_memory, self._held, self._arrays(samples))
-        moved = [at for at, same in enumerate(pairs) if not same]
-        now = {at: np.frombuffer(samples[at], self._bits[at]) for at in moved}
-        different = any(not np.array_equal(self._held[at], now[at]) for at in moved)
-        for at in moved:
-            self._held[at] = now[at]
+        moved = dict(self._elsewhere(self._held, samples))
+        different = any(not np.array_equal(self._held[at], now) for at, now in moved.items())
+        for at, now in moved.items():
+            self._held[at] = now
         if different or self._sample.changed():
             self._changed(self._held)
         elif not self._restless.issuperset(moved):
@@ -140,6 +155,29 @@ class Fingerprint:
         sampled = [at for at, one in enumerate(self._here) if at not in self._restless and one.shape.rank]
         rows = [self._here[at].shape[-1] or 1 if self._here[at].shape.rank > 1 else 1 for at in sampled]
         return ContentSample([now[at] for at in sampled], rows)
+
+
+class Structure:
+    """Which variables a model has and what its layers are switched to: what a graph traced of it goes by."""
+
+    def __init__(self, model: Any) -> None:
+        self.tracked = _tracked(model)
+        self._natives = list(map(_value_of, self.tracked))
+        others = (layer for layer in model._flatten_layers() if not type(layer).__module__.startswith("keras."))
+        self._switches = Switches(map(vars, others), _OF_EVERY_LAYER)
+
+    def is_of(self, model: Any) -> bool:
+        """Whether the model still has the variables this was made for."""
+        found = _tracked(model)
+        return (
+            len(found) == len(self.tracked)
+            and all(map(is_, found, self.tracked))
+            and all(map(is_, map(_value_of, found), self._natives))
+        )
+
+    def mode(self) -> bytes:
+        """What the layers are switched to; empty if to what they were first."""
+        return self._switches.mode()
 
 
 def source_of(variable: Any) -> Source | None:

@@ -63,11 +63,11 @@ def _looked_up_or_computed(
     spec = (tf.TensorSpec([], tf.int64), tf.TensorSpec([None], tf.int32))
     computing = tf.function(compute, input_signature=spec, autograph=False).get_concrete_function()
     shape, types, known = found
-    weights, dtypes = site.weights, [leaf.dtype for leaf in leaves]
+    weights, mode, dtypes = site.weights, site.mode(), [leaf.dtype for leaf in leaves]
 
     def begin(*arrays: Any) -> list[Any]:
         state = weights.digest_of_samples(arrays[len(leaves) :])
-        number, rows, results = site.begin(tree, split, dtypes, arrays[: len(leaves)], state, shape)
+        number, rows, results = site.begin(tree, split, dtypes, arrays[: len(leaves)], state, mode, shape)
         if results is None:
             results = [np.zeros(0, dtype.as_numpy_dtype) for dtype in types]
         return [np.int64(number), np.array(rows, np.int32), *results]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from kvcache_keras.context import stepping
+from kvcache_keras.fingerprint import Structure
 from kvcache_keras.kernels import Scoring, plain_attention
 from kvcache_keras.recorder import check_query
 from kvcache_keras.runner import build, last_of, target_scores, to_numpy
@@ -104,21 +105,27 @@ class RecomputeScores:
         return [(scores[at, part], chosen[at, part]) for at, part in enumerate(parts)]
 
 
-_recomputes: weakref.WeakKeyDictionary[Any, Recompute] = weakref.WeakKeyDictionary()
-_recompute_scores: weakref.WeakKeyDictionary[Any, RecomputeScores] = weakref.WeakKeyDictionary()
+_Graphs = weakref.WeakKeyDictionary[Any, tuple[Structure, Any]]
+_recomputes: _Graphs = weakref.WeakKeyDictionary()
+_recompute_scores: _Graphs = weakref.WeakKeyDictionary()
 
 
 def recompute_of(model: Any) -> Recompute:
-    """The model's graph without a cache, kept as long as the model."""
-    if model not in _recomputes:
-        build(model)
-        _recomputes[model] = Recompute(model)
-    return _recomputes[model]
+    """The model's graph without a cache, kept as long as the model stays as it is."""
+    found: Recompute = _graph_of(model, _recomputes, Recompute)
+    return found
 
 
 def recompute_scores_of(model: Any) -> RecomputeScores:
-    """The model's scoring graph without a cache, kept as long as the model."""
-    if model not in _recompute_scores:
+    """The model's scoring graph without a cache, kept as long as the model stays as it is."""
+    found: RecomputeScores = _graph_of(model, _recompute_scores, RecomputeScores)
+    return found
+
+
+def _graph_of(model: Any, known: _Graphs, make: Callable[[Any], Any]) -> Any:
+    structure, graph = known.get(model, (None, None))
+    if structure is None or structure.mode() or not structure.is_of(model):
         build(model)
-        _recompute_scores[model] = RecomputeScores(model)
-    return _recompute_scores[model]
+        graph = make(model)
+        known[model] = Structure(model), graph
+    return graph

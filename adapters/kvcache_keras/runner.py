@@ -44,6 +44,12 @@ class StepRunner:
         self._kinds = [kind for kind, _ in store.layout.groups]
         self._kv_kinds = [kind for kind in self._kinds if kind != "output"]
 
+    def anew(self) -> StepRunner:
+        """The same with no graph traced yet."""
+        runner = StepRunner(self._model, self._store, self._dtype, None if self._frames is None else self._frames[0])
+        runner.compiled = self.compiled
+        return runner
+
     def run(self, plan: StepPlan) -> _Tensor:
         """The output behind each row's last token, [B, 1, ...]; the store's copies come first."""
         self.copy(plan)

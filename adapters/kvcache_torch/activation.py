@@ -92,7 +92,8 @@ class Site(ActivationSite):
 
     def portable(self) -> tuple[bytes, bytes] | None:
         """What stands for the module with its weights in any process, and the salt; None if nothing does."""
-        weights = self.identity.of(self._weights.value + self._cache.epoch, lambda: module_identity(self.module))
+        mark = self._weights.value + self._weights.mode() + self._cache.epoch
+        weights = self.identity.of(mark, lambda: module_identity(self.module))
         return None if weights is None else (weights, self._cache.salt)
 
     def row_format(self) -> RowFormat:
@@ -101,8 +102,8 @@ class Site(ActivationSite):
         return export_row, RowReader(device)
 
     def mode(self) -> bytes:
-        """Which modules are in training mode; autocast."""
-        return bytes(module.training for module in self._modules) + autocast_mode()
+        """Which modules are in training mode; autocast; what modules are switched to."""
+        return bytes(module.training for module in self._modules) + autocast_mode() + self._weights.mode()
 
     @property
     def weights(self) -> list[Tensor]:

@@ -100,7 +100,7 @@ class KVCache(ModelSteps):
         return self.weights_of(model).value
 
     def _mode(self) -> bytes:
-        return autocast_mode()
+        return autocast_mode() + self.weights_of(self.model).mode()
 
     def weights_of(self, model: nn.Module) -> Fingerprint:
         """What notices that the model's weights change."""
@@ -111,7 +111,7 @@ class KVCache(ModelSteps):
     def _weights_changed(self) -> bool:
         # Finding the tensors costs a tenth of a millisecond in a deep model, comparing their counters microseconds.
         self._prepare()
-        return self.weights_of(self.model).counters_moved() or autocast_mode() != self._seen_mode
+        return self.weights_of(self.model).counters_moved() or self._mode() != self._seen_mode
 
     def open_row(self, token_ids: TokenIds, **options: Any) -> CachedSequence:
         """A sequence opened with the core's own ``options``, and with what the tiers hold behind its match."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcache_core.sources import Source
+from kvcache_core.switches import Switches
 from kvcache_core.weights import ContentSample, digest_of
 
 __all__ = ["SOURCE", "Fingerprint", "Parked", "source_of"]
@@ -21,6 +22,7 @@ SOURCE = "_kvcache_source"
 """The attribute of a weight that a ``ParameterCache`` reads from a file: it is not always in memory."""
 
 _numbers = itertools.count(1)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class Fingerprint:
@@ -29,6 +31,8 @@ class Fingerprint:
     A :meth:`look` compares, cheapest first: which tensors the module has, where their memory is, their version
     counters (every in-place change outside ``.data`` moves them), and a sample of their content. Weights that a
     ``ParameterCache`` reads stand for their file.
+
+    :meth:`mode` says what its modules are switched to besides: an adapter by its name, for example.
 
     Args:
         module: the module.
@@ -58,6 +62,10 @@ class Fingerprint:
         """Whether a parameter wants gradients."""
         return any(tensor.requires_grad for tensor in self._parameters)
 
+    def mode(self) -> bytes:
+        """What the modules are switched to, besides their weights; empty if to what they were first."""
+        return b"" if self.verify == "never" else self._switches.mode()
+
     def look(self) -> bool:
         """Whether anything changed since the last look."""
         if self.verify == "never":
@@ -85,7 +93,7 @@ class Fingerprint:
         """The state without holding the module or its memory."""
         seen = self._files if self._sample is None else self._files + self._sample.digest()
         references = [weakref.ref(tensor) for tensor in self._tensors]
-        return Parked(self._value, references, self._places, self._versions, seen)
+        return Parked(self._value, references, self._places, self._versions, seen + self._switches.first)
 
     def quick_look(self) -> bool:
         """As :meth:`look`, without reading any content."""
@@ -131,6 +139,8 @@ class Fingerprint:
         self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._counted]
         self._sample = self._new_sample() if self.verify == "sample" else None
+        others = (module for module in self.module.modules() if not type(module).__module__.startswith("torch."))
+        self._switches = Switches(map(vars, others), _OF_EVERY_MODULE)
         self._renumber()
 
     def _new_sample(self) -> Any:

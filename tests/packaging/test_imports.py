@@ -15,7 +15,7 @@ CORE, ADAPTERS = "kvcache_core", ("kvcache_torch", "kvcache_keras")
 # all of them; no module imports `__init__`.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("sizes", "identity", "weightfile", "described", "waiting"),
+    ("sizes", "identity", "weightfile", "described", "waiting", "switches"),
     ("types", "sharing", "crc", "staging", "tierurl"),
     ("keys", "stats", "admission", "tree", "weights", "worth", "analysis", "progress", "sources"),
     ("inputs", "frames", "layout", "samples"),

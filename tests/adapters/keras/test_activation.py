@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
 
+import kvcache_core.activation
+import kvcache_keras.activation
 from kvcache_core import AfterSightings, KVCacheWarning, UsageError
 from kvcache_core.tree import flatten
 from kvcache_keras import KVCache
@@ -144,6 +146,28 @@ def test_structured_outputs_and_several_inputs(how):
 
 
 @HOW
+def test_every_input_and_flag_counts(how):
+    class Scaled(layers.Layer):
+        def call(self, x, mask=None, scale=1.0, top=False):
+            y = x if mask is None else x * mask
+            return (y[:, 1:] if top else y) * scale
+
+    cache = KVCache(64)
+    model = cache.attach(Scaled())
+    run = model.call if how == "eager" else tf.function(model.call)
+    x, mask = tf.constant(rows(0)), np.ones((5, 6), "float32")
+    other = mask.copy()
+    other[2, 3:] = 0
+    with cache:
+        close(run(x, tf.constant(mask)), x)
+        for flags in ({"scale": 2.0}, {"top": True}, {"scale": 2.0, "top": True}):
+            close(run(x, tf.constant(mask), **flags), (x[:, 1:] if "top" in flags else x) * flags.get("scale", 1.0))
+        assert cache.stats().hit_entries == 0
+        close(run(x, tf.constant(other)), x * other)
+    assert (cache.stats().hit_entries, cache.stats().miss_entries) == (4, 20 + 1)
+
+
+@HOW
 def test_changed_weights_are_noticed_also_in_a_traced_graph(layer, cache, how):
     run, x = caller(how, cache), rows(0)
     with cache:
@@ -182,7 +206,7 @@ def test_graphs_side_by_side_go_by_their_own_weights(layer, cache, monkeypatch):
     found = site.weights.digest()
     layer.dense.kernel.assign(layer.dense.kernel * 2.0)
     tree = flatten(((rows(2),), {}), site.is_tensor)[1]
-    site.begin(tree, [True], [tf.float32], [rows(2)], found, None)
+    site.begin(tree, [True], [tf.float32], [rows(2)], found, b"", None)
     assert states == [found, found]
 
 
@@ -284,6 +308,65 @@ def test_an_exception_in_a_graph_loses_nothing(layer, cache):
             run(rows(0) + 100)
         close(run(rows(0)), layer.original(rows(0)) if hasattr(layer, "original") else run(rows(0)))
     cache.sites.entries.check_valid()
+
+
+# ---- whether it pays -------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Stands for the module ``time`` where calls are timed: a second passes at each reading, and what a test adds."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        self.now += 1
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    for module in (kvcache_core.activation, kvcache_keras.activation):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+@pytest.mark.usefixtures("clock")
+@HOW
+def test_a_layer_too_small_for_a_cache_is_left_out_and_said_so(layer, how):
+    """Finding all rows takes a second, as computing them does; keeping them took two."""
+    cache = KVCache(64, bypass="auto")
+    cache.attach(layer)
+    run, x, expected = caller(how, cache), tf.constant(rows(0)), layer(rows(0))
+    layer.rows = 0
+    with cache:
+        for _ in range(300):
+            close(run(x), expected)
+    stats = cache.stats()
+    assert stats.bypass_reasons == {"the cache costs more than it saves": 300 - 32}
+    assert layer.rows >= 5 * (300 - 32), "and the layer computes"
+    assert stats.seconds_spent > stats.seconds_saved > 0
+
+
+@HOW
+def test_a_layer_that_pays_is_not_left_out(clock, how):
+    class Slow(layers.Layer):
+        def call(self, x):
+            def wait(value):
+                clock.now += 100
+                return value * 2
+
+            return tf.ensure_shape(tf.numpy_function(wait, [x], x.dtype), x.shape)
+
+    cache = KVCache(64, bypass="auto")
+    cache.attach(Slow())
+    run, x = caller(how, cache), tf.constant(rows(0))
+    with cache:
+        for _ in range(80):
+            close(run(x), rows(0) * 2)
+        stats = cache.stats()
+        assert stats.bypassed_calls == 0 and stats.hit_entries == 5 * 79
+        assert 70 * 100 < stats.seconds_saved < 90 * 100 > 10 * stats.seconds_spent
 
 
 # ---- the cache's own -------------------------------------------------------------------------------------------------

@@ -373,3 +373,81 @@ def test_a_weight_of_every_dtype():
         seen.append(looks.digest())
         assert (seen[-1] != seen[-2]) == bool(np.prod(weight.shape)), weight.dtype
         assert looks.digest() == seen[-1]
+
+
+# ---- switched, with the same weights ---------------------------------------------------------------------------------
+
+
+def two_adapters():
+    model = Trunk()
+    for name, seed in (("a", 3), ("b", 4)):
+        model.lora.load(name, seed)
+    cache = KVCache(64)
+    cache.attach(model, kind="activation")
+    return model, cache, tf.constant(np.random.default_rng(0).normal(size=(3, 8)), tf.float32)
+
+
+def test_a_switched_adapter_and_what_was_computed_with_each():
+    model, cache, x = two_adapters()
+    found = []
+    for active in (None, "a", "b", "a", None):
+        model.lora.active = active
+        with cache:
+            np.testing.assert_allclose(model(x), plain(model, x), rtol=1e-4, atol=1e-5)
+        found.append(cache.stats().hit_entries)
+    assert found == [0, 0, 0, 3, 6], "each adapter finds its own"
+
+
+def test_a_graph_goes_by_the_adapter_that_it_was_traced_with():
+    model, cache, x = two_adapters()
+    model.lora.active = "a"
+    with cache:
+        graph = tf.function(model)
+        first = graph(x)
+        model.lora.active = "b"
+        second = graph(x + 1.0)
+        np.testing.assert_allclose(model(x), plain(model, x), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(model(x + 1.0), plain(model, x + 1.0), rtol=1e-4, atol=1e-5)
+        assert cache.stats().hit_entries == 0
+        model.lora.active = "a"
+        np.testing.assert_allclose(model(x), first)
+        np.testing.assert_allclose(model(x + 1.0), second)
+    assert cache.stats().hit_entries == 6
+    np.testing.assert_allclose(first, plain(model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_switched_and_a_layer_replaced_under_prompts():
+    keras.utils.set_random_seed(0)
+    model = Small()
+    lora = Lora(model.projections[0])
+    lora.base.build((None, 16))
+    for name, seed in (("a", 1), ("b", 2)):
+        lora.load(name, seed)
+    model.projections = [lora, model.projections[1]]
+    model(tf.constant(ids(1, 4)))
+    cache = KVCache(256, block_size=4)
+    cache.attach(model, outputs="last")
+    prompt, seen = ids(20).tolist(), []
+    for active in ("a", "b", "a"):
+        lora.active = active
+        seen.append(answers(model, [prompt], cache))
+        assert seen[-1] == answers(model, [prompt]), active
+    assert seen[0] == seen[2] != seen[1]
+    assert cache.open(prompt).num_cached >= 16, "what the adapter computed earlier is found"
+    other = keras.layers.Dense(lora.base.kernel.shape[1])
+    other.build((None, 16))
+    model._tracker.unlock()  # else Keras refuses another layer
+    model.projections = [other, model.projections[1]]
+    assert answers(model, [prompt], cache) == answers(model, [prompt]) != seen[0]
+
+
+def test_an_open_sequence_raises_at_its_next_step():
+    model, cache = decoder()
+    tokens = ids(9).tolist()
+    for step in (cache.step, lambda seqs, tokens: cache.decode_greedy(seqs, tokens, 2)):
+        seq = cache.open(tokens)
+        cache.step([seq], [tokens[seq.num_cached :]])
+        model.set_weights([weight * 1.5 for weight in model.get_weights()])
+        with pytest.raises(StaleSequence, match="weights changed"):
+            step([seq], [[1]])
+        seq.close()

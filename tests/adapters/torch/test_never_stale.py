@@ -329,3 +329,85 @@ def test_detached_and_attached_again_the_state_is_known_unless_it_changed():
     assert Fingerprint(layer, "sample", parked).value == first.value
     layer.weight.data[0] += 1
     assert Fingerprint(layer, "sample", parked).value != first.value
+
+
+# ---- switched, with the same weights ---------------------------------------------------------------------------------
+
+
+def test_a_switched_adapter_and_what_was_computed_with_each():
+    model = Trunk().eval()
+    for name, seed in (("a", 3), ("b", 4)):
+        model.lora.load(name, seed)
+    cache = KVCache(64)
+    cache.attach(model)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for active in (None, "a", "b", "a", None):
+        model.lora.active = active
+        with torch.no_grad(), cache:
+            torch.testing.assert_close(model(x), model.forward.original(x))
+        found.append(cache.stats().hit_entries)
+    assert found == [0, 0, 0, 3, 6], "each adapter finds its own"
+    model.lora.active = "b"
+    cache.detach()
+    cache.attach(model)
+    with torch.no_grad(), cache:
+        torch.testing.assert_close(model(x), model.forward.original(x))
+
+
+def test_an_adapter_switched_under_prompts_and_an_open_sequence():
+    model = Small()
+    lora = model.blocks[0].qkv = Lora(model.blocks[0].qkv)
+    for name, seed in (("a", 1), ("b", 2)):
+        lora.load(name, seed)
+    cache = KVCache(256, block_size=4)
+    cache.attach(model.eval(), outputs="last")
+    tokens = prompt(0, 20)
+    answers = []
+    for active in ("a", "b", "a", None):
+        lora.active = active
+        answers.append(generate(model, [tokens], max_new_tokens=6, cache=cache))
+        assert answers[-1] == generate_plain(model, [tokens]), active
+    assert answers[0] == answers[2] != answers[1]
+    lora.active = "a"
+    running = cache.open(tokens)
+    assert running.num_cached >= 16, "what the adapter computed earlier is found"
+    cache.step([running], [tokens[running.num_cached :]])
+    lora.active = "b"
+    with pytest.raises(StaleSequence):
+        cache.step([running], [[3]])
+    running.close()
+    lora.active = "a"
+    cache.detach()
+    lora.active = "b"
+    cache.attach(model, outputs="last")
+    assert generate(model, [tokens], max_new_tokens=6, cache=cache) == generate_plain(model, [tokens])
+
+
+# ---- moved to another device -----------------------------------------------------------------------------------------
+
+
+def test_a_moved_module_is_another_one():
+    layer = nn.Linear(7, 5)
+    fingerprint = Fingerprint(layer, "sample")
+    seen = [fingerprint.value]
+    for move in (lambda: layer.to("meta"), lambda: layer.to_empty(device="cpu")):
+        move()
+        assert fingerprint.look() and not fingerprint.look()
+        seen.append(fingerprint.value)
+    assert len(set(seen)) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU to move to")
+def test_results_of_another_device_are_not_served():
+    model = Trunk().eval()
+    cache = KVCache(64)
+    cache.attach(model)
+    x = torch.randn(3, 8)
+    for device in ("cpu", "cuda", "cpu"):
+        model.to(device)
+        with torch.no_grad(), cache:
+            for _ in range(2):
+                assert model(x.to(device)).device.type == device
+            torch.testing.assert_close(model(x.to(device)), model.forward.original(x.to(device)))
+    assert cache.stats().miss_entries == 9
