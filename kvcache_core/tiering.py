@@ -7,7 +7,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 from kvcache_core.admission import Admission, ChainAdmission, admission
@@ -22,6 +21,7 @@ from kvcache_core.poolitems import block_codecs, block_items, key_of, pool_items
 from kvcache_core.promotion import Promotion
 from kvcache_core.readahead import Ahead
 from kvcache_core.sequence import Sequence as CachedSequence
+from kvcache_core.spilling import spill
 from kvcache_core.staging import Staging
 from kvcache_core.store import KVStore
 from kvcache_core.tiercosts import Average, TierStats
@@ -249,41 +249,7 @@ class TierStack(OpenTiers):
 
     def _spill(self, deadline: float | None) -> bool:
         """Write the pool, and what volatile tiers hold, into the first persistent tier."""
-        target = self.persistent
-        if target is None:
-            return True
-        found: set[bytes] = set()  # when it begins: others may go on meanwhile
-        written: set[bytes] = set()
-
-        def is_there(key: bytes) -> bool:
-            found.add(key)
-            return key in written or self.has(target, key)
-
-        def is_done(key: bytes) -> bool:
-            return key not in found or self.has(target, key)
-
-        done, before = self._write_missing(target, deadline, is_there, written), 0
-        # Until nothing is missing: to make room, what lay there already and had not been used for longest is deleted.
-        while done and len(written) > before and self.tiers[target].exact_contains:
-            before = len(written)
-            done = self._write_missing(target, deadline, is_done, written)
-        return done
-
-    def _write_missing(
-        self, target: int, deadline: float | None, skip: Callable[[bytes], bool], written: set[bytes]
-    ) -> bool:
-        """Write what is not to be skipped; False if a part of it was ``written`` before: it does not fit."""
-        stats = self.stats[target]
-        volatile = ([item] for tier in self.tiers[:target] for item in tier.volatile_items() if not skip(item[0]))
-        for items in chain(self._spilled(skip), volatile):
-            errors, keys = stats.errors, {key for key, _ in items}
-            if keys & written:
-                return False
-            written |= keys
-            self.queue.write(items, target)
-            if stats.errors != errors or _is_past(deadline):
-                return False
-        return True
+        return self.persistent is None or spill(self, self.persistent, self._spilled, deadline)
 
     def _spilled(self, skip: Callable[[bytes], bool]) -> Iterator[Sequence[Item]]:
         if self._core is not None and self._store is not None:
@@ -303,7 +269,3 @@ class TierStack(OpenTiers):
         done = self.close_tiers(deadline) and done
         self._core = self._store = self._promotion = None
         return done
-
-
-def _is_past(deadline: float | None) -> bool:
-    return deadline is not None and time.monotonic() > deadline

@@ -44,7 +44,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("tier_disk", "tier_valkey", "tier_file"),
     ("tiercosts", "demotion", "readahead", "tier_contract", "simulate"),
     ("opentiers",),
-    ("entrytiers",),
+    ("entrytiers", "spilling"),
     ("poolitems",),
     ("promotion",),
     ("tiering",),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import kvcache_keras
 import kvcache_torch
 from kvcache_core import KVCacheWarning
+from kvcache_core.admission import AfterSightings
 from kvcache_core.tiers import RamTier
 from tests.adapters.torch.models import Small
 from tests.reference_decoder import DecoderConfig, decoder_configs, make_weights, run_uncached
@@ -237,6 +238,16 @@ def test_a_tier_that_fails_never_fails_the_model():
             assert torch.allclose(model(rows[turn % 3]), expected[turn % 3], atol=1e-5)
     assert cache.tier_stats()[0].errors > 0
     cache._tiers.queue.close(0)
+
+
+@pytest.mark.parametrize("framework", ["torch", "keras"])
+def test_what_was_computed_once_is_not_written(framework):
+    one = tiered(framework, PLAIN, make_weights(PLAIN), 8, [RamTier(1 << 24)], admit=AfterSightings(2))
+    for cached in (0, 0, 4 * PLAIN.block_size):
+        for prompt in prompts(PLAIN):
+            check(one, prompt, cached)
+            assert one.cache.flush(10)
+    one.cache.close()
 
 
 @pytest.mark.parametrize("framework", ["torch", "keras"])
