@@ -451,3 +451,25 @@ def test_an_open_sequence_raises_at_its_next_step():
         with pytest.raises(StaleSequence, match="weights changed"):
             step([seq], [[1]])
         seq.close()
+
+
+# ---- on another device -----------------------------------------------------------------------------------------------
+
+
+def test_variables_that_are_not_in_the_cpus_memory_are_sampled_where_they_are(monkeypatch):
+    layer, _, _ = large()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(layer.kernel.value), "device", property(lambda variable: "/device:GPU:0"))
+        looks = fingerprint.Fingerprint(layer)
+    assert not looks._here
+    seen = [looks.digest()]
+    assert looks.digest() == seen[0] and not looks.moved()
+    edits = (
+        lambda: layer.kernel.assign(layer.kernel * 1.5),
+        lambda: layer.bias.assign_add(tf.one_hot(17, 64)),
+    )
+    for edit in edits:
+        edit()
+        assert looks.moved()
+        seen.append(looks.digest())
+        assert seen[-1] not in seen[:-1] and looks.digest() == seen[-1] and not looks.moved()
