@@ -25,7 +25,9 @@
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-/* `n`, wherever this is used, is a constant, so that every loop over it is unrolled; so, mostly, is `width`. */
+/* `n`, wherever this is used, is a constant, so that every loop over it is unrolled; so, mostly, is `width`. While a
+ * tile's scores are computed the next tile of K is asked for, and while it is weighed the next of V: else memory would
+ * wait for the arithmetic. */
 static inline __attribute__((always_inline)) void scores(const int n, const float *q, const float *keys,
                                                          float (*score)[TILE], int64_t count, int64_t width) {
     for (int64_t t = 0; t < count; t++) {
@@ -36,6 +38,7 @@ static inline __attribute__((always_inline)) void scores(const int n, const floa
         int64_t d = 0;
         for (; d + LANES <= width; d += LANES) {
             const vec k = *(const vec *)(key + d);
+            __builtin_prefetch(key + TILE * width + d, 0, 2);
 #pragma GCC unroll 4
             for (int i = 0; i < n; i++) sum[i] += k * *(const vec *)(q + i * width + d);
         }
@@ -64,6 +67,7 @@ static inline __attribute__((always_inline)) void weigh(const int n, float (*sco
 #pragma GCC unroll 4
             for (int d = 0; d < 4; d++) {
                 const vec v = *(const vec *)(values + t * width + at + LANES * d);
+                __builtin_prefetch(values + (t + TILE) * width + at + LANES * d, 0, 2);
 #pragma GCC unroll 4
                 for (int i = 0; i < n; i++) sum[i][d] += score[i][t] * v;
             }
