@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from kvcache_keras.kernels import Part, Scoring, attend_parts, dimensions
+from kvcache_keras.kernels import Part, Scoring, attend_parts
 from kvcache_keras.levels import Level, joined, merged
 from kvcache_keras.step import Step
 
@@ -25,13 +25,14 @@ class Context:
 
     Attributes:
         long: of each row's own context, if that is long; else empty.
-        short: the same if it is short; else empty. What the loop adds comes behind it. In a fixed shape instead: zeros
-            in the places of what the loop will add.
+        short: the same if it is short, and behind it zeros in the places of what the loop will add.
+        size: int32, how much of ``short`` is context.
         levels: keys [G, H, S, D] and values [G, H, S, Dv] of each shared level.
     """
 
     long: Part
     short: Part
+    size: _Tensor
     levels: list[tuple[_Tensor, _Tensor]]
 
 
@@ -41,7 +42,7 @@ class LoopStep(Step):
 
     Args:
         context: per layer, what there was before the loop.
-        own: per layer, a short context and what the loop has added.
+        own: per layer, a short context and what the loop has added so far.
         start: int32 [B, 1], position of the loop's first token.
         at: int32, which step of the loop this is.
         fixed: whether tensors keep their shapes from step to step, as XLA wants.
@@ -77,15 +78,24 @@ class LoopStep(Step):
     def _grown(self, layer: int, k: _Tensor, v: _Tensor) -> Part:
         """The layer's own part with the step's K and V, as the store would have rounded them."""
         k, v = self.store.rounded(layer, "k", k), self.store.rounded(layer, "v", v)
-        before = self.own[layer]
-        keys = tf.reshape(k, (-1, *before.keys.shape[1:3], 1))
-        values = tf.reshape(v, (-1, before.values.shape[1], 1, before.values.shape[3]))
+        own, number = self.own[layer], self.store.layout.group_of(layer)
+        place = self.context[layer].size + self.at
+        return Part(self._put(own.keys, k, place, number), self._put(own.values, v, place, number), is_long=False)
+
+    def _put(self, own: _Tensor, new: _Tensor, place: _Tensor, number: int) -> _Tensor:
+        """``own`` [B, H, S, D] with [B, 1, H, D] in one place of S: the same in all layers of a group."""
+        _, heads, _, size = own.shape
+        key = ("place", number, heads, size)
+        if key not in self.shared:
+            shape = tf.shape(own)
+            rows = tf.range(shape[0] * heads) * shape[2] + place
+            self.shared[key] = (shape, rows, tf.range(shape[2])[:, None] == place)
+        shape, rows, here = self.shared[key]
         if self.fixed:
-            here = tf.range(tf.shape(before.values)[2]) == self.at
-            keys, values = tf.where(here, keys, before.keys), tf.where(here[:, None], values, before.values)
-        else:
-            keys, values = tf.concat((before.keys, keys), axis=3), tf.concat((before.values, values), axis=2)
-        return Part(keys, values, is_long=False)
+            return tf.where(here, tf.reshape(new, (-1, heads, 1, size)), own)
+        # In place: nobody else reads what this step got, and the next step begins when this one has its token.
+        flat = tf.raw_ops.InplaceUpdate(x=tf.reshape(own, (-1, size)), i=rows, v=tf.reshape(new, (-1, size)))
+        return tf.reshape(flat, shape)
 
     def _sizes(self, number: int, parts: list[Part]) -> _Tensor:
         """int32 [parts], the tokens in each: the same in all layers of a group."""
@@ -126,7 +136,7 @@ def choose_greedily(
     """
     layers = [number for number, spec in enumerate(step.store.layout.layers) if spec.kind == "attention"]
     rows, room = tf.unstack(tf.shape(step.tokens))
-    context = {layer: _context(step, layer, room if fixed else None) for layer in layers}
+    context = {layer: _context(step, layer, room, fixed) for layer in layers}
     count = step.last_index[0] + 1
     slots = step.group(step.store.layout.group_of(layers[0]))[0]
     is_row = slots[:, :1] >= step.store.layout.block_size  # a padding row writes to the null block
@@ -140,44 +150,34 @@ def choose_greedily(
         now.own = {layer: Part(k, v, is_long=False) for layer, k, v in zip(layers, *own, strict=True)}
         token = tf.argmax(run_model(now)[:, 0], axis=-1, output_type=tf.int32)[:, None]
         ended = tf.reduce_any((token == eos_ids) & is_row)
-        chosen = tf.where(tf.range(room) == at, token, chosen) if fixed else tf.concat((chosen, token), axis=1)
+        chosen = tf.where(tf.range(room) == at, token, chosen)
         keys, values = [now.own[layer].keys for layer in layers], [now.own[layer].values for layer in layers]
         return [at + 1, token, chosen, ended, keys, values]
 
-    start = [tf.constant(0), step.tokens[:, :1], tf.zeros((rows, room if fixed else 0), tf.int32), tf.constant(False)]
+    start = [tf.constant(0), step.tokens[:, :1], tf.zeros((rows, room), tf.int32), tf.constant(False)]
     start += [[context[layer].short.keys for layer in layers], [context[layer].short.values for layer in layers]]
-    shapes = tf.nest.map_structure(lambda x: tf.TensorShape([None] * len(x.shape)), start)
-    shapes[1] = tf.TensorShape([None, 1])
-    shapes[4] = [tf.TensorShape([None, *keys.shape[1:3], None]) for keys in start[4]]
-    shapes[5] = [tf.TensorShape([None, values.shape[1], None, values.shape[3]]) for values in start[5]]
     done, _, chosen, _, *own = tf.while_loop(
-        lambda at, token, chosen, ended, *_: (at < count) & ~ended, body, start, shapes, parallel_iterations=1
+        lambda at, token, chosen, ended, *_: (at < count) & ~ended, body, start, parallel_iterations=1
     )
-    unused = 0 if fixed else room - done
     for layer, keys, values in zip(layers, *own, strict=True):
-        before = 0 if fixed else tf.shape(context[layer].short.values)[2]
-        added = (tf.transpose(keys[..., before:], (0, 3, 1, 2)), tf.transpose(values[:, :, before:], (0, 2, 1, 3)))
-        for name, new in zip("kv", added, strict=True):
-            # Zeros in the slots that were planned and not used: see Step.write.
-            step.write(layer, name, tf.pad(new, [[0, 0], [0, unused], [0, 0], [0, 0]]))
+        size = context[layer].size
+        # Zeros in the slots that were planned and not used: see Step.write.
+        step.write(layer, "k", tf.transpose(keys[:, :, size:], (0, 2, 1, 3)))
+        step.write(layer, "v", tf.transpose(values[:, :, size:], (0, 2, 1, 3)))
     return chosen, done
 
 
-def _context(step: Step, layer: int, room: _Tensor | None) -> Context:
-    """What a layer has before the loop; ``room``: for so many steps in a fixed shape."""
+def _context(step: Step, layer: int, room: _Tensor, fixed: bool) -> Context:
+    """What a layer has before the loop of at most ``room`` steps."""
     number = step.store.layout.group_of(layer)
     key = ("known", number)
     if key not in step.shared:
         step.shared[key] = step.visible_positions(number) < step.positions[:, :1]
     k, v = _known(step, layer, step.shared[key])
-    k = tf.transpose(k, (0, 1, 3, 2))
-    if room is None:
-        count = tf.shape(v)[2]
-        long = tf.where(count > _SHORT, count, 0)
-        short = Part(k[..., long:], v[:, :, long:], is_long=False)
-        k, v = k[..., :long], v[:, :, :long]
-    else:
-        short = Part(_zeros(k, 3, room), _zeros(v, 2, room), is_long=False)
+    count = tf.shape(v)[2]
+    long = count if fixed else tf.where(count > _SHORT, count, 0)
+    k, own_k, v, own_v = (part for x in (k, v) for part in (x[:, :, :long], _padded(x[:, :, long:], room)))
+    long_part = Part(tf.transpose(k, (0, 1, 3, 2)), v, is_long=True)
     levels = []
     for level in step.levels_of(number):
         key = ("known", id(level))
@@ -186,14 +186,12 @@ def _context(step: Step, layer: int, room: _Tensor | None) -> Context:
             known = level.positions(step.store.layout.block_size) < step.positions[:, :1]
             step.shared[key] = tf.gather(known, level.members[:, 0])
         levels.append(_known(step, layer, step.shared[key], level))
-    return Context(Part(k, v, is_long=True), short, levels)
+    return Context(long_part, Part(own_k, own_v, is_long=False), count - long, levels)
 
 
-def _zeros(like: _Tensor, axis: int, size: _Tensor) -> _Tensor:
-    """Zeros of the same shape, but for the size of one axis."""
-    shape = dimensions(like)
-    shape[axis] = size
-    return tf.zeros(shape, like.dtype)
+def _padded(x: _Tensor, room: _Tensor) -> _Tensor:
+    """[B, H, S, D] with zeros behind it: [B, H, S + room, D]."""
+    return tf.pad(x, [[0, 0], [0, 0], [0, room], [0, 0]])
 
 
 def _known(step: Step, layer: int, known: _Tensor, level: Level | None = None) -> tuple[_Tensor, _Tensor]:

@@ -121,14 +121,14 @@ def attend_parts(
         The values' sum [B, H, M, Dv] with weights exp(score - highest score), the sum of these weights [B, H, M, 1],
         and the highest score [B, H, M, 1].
     """
-    scores = tf.concat([part.matmul(q, part.keys) for part in parts], axis=-1)
+    scores = tf.concat([part.scores(q) for part in parts], axis=-1)
     scores = scoring.capped(scores) + bias
     # TensorFlow's own softmax takes longer to set up than to compute, and would be put in if the division came first.
     top = tf.reduce_max(scores, axis=-1, keepdims=True)
     weights = tf.exp(scores - top)
     total = tf.reduce_sum(weights, axis=-1, keepdims=True)
     shares = tf.split(tf.cast(weights, q.dtype), sizes, axis=-1, num=len(parts))
-    values = tf.add_n([part.matmul(share, part.values) for share, part in zip(shares, parts, strict=True)])
+    values = tf.add_n([part.weighted(share) for share, part in zip(shares, parts, strict=True)])
     return values, total, top
 
 
@@ -137,8 +137,8 @@ class Part:
     """Some of a layer's context.
 
     Attributes:
-        keys: [B, H, D, S]: turned, because queries times turned keys is what TensorFlow does fastest.
-        values: [B, H, S, D].
+        keys: [B, H, S, D]; if long [B, H, D, S]: turned, because that is what TensorFlow does fastest there.
+        values: [B, H, S, Dv].
         is_long: whether it may be long: TensorFlow then uses oneDNN, which takes longer to set up.
     """
 
@@ -146,11 +146,23 @@ class Part:
     values: _Tensor
     is_long: bool
 
-    def matmul(self, a: _Tensor, b: _Tensor) -> _Tensor:
-        """Batched a times b."""
-        if self.is_long or a.dtype != tf.float32 or tf.config.list_physical_devices("GPU"):
-            return tf.matmul(a, b)
-        return tf.raw_ops.BatchMatMulV3(x=a, y=b, Tout=a.dtype)  # the one that is never handed to oneDNN
+    def scores(self, q: _Tensor) -> _Tensor:
+        """Queries [B, H, M, D] times all keys, [B, H, M, S]."""
+        return tf.matmul(q, self.keys) if self.is_long else _few(q, self.keys, turn=True)
+
+    def weighted(self, weights: _Tensor) -> _Tensor:
+        """The values' sum [B, H, M, Dv] with weights [B, H, M, S]."""
+        return tf.matmul(weights, self.values) if self.is_long else _few(weights, self.values)
+
+
+def _few(a: _Tensor, b: _Tensor, *, turn: bool = False) -> _Tensor:
+    """Batched a times b, or b turned, where b is small.
+
+    Row by row on a processor: TensorFlow then multiplies without packing b anew, and never hands it to oneDNN.
+    """
+    if a.dtype != tf.float32 or tf.config.list_physical_devices("GPU"):
+        return tf.matmul(a, b, transpose_b=turn)
+    return tf.squeeze(tf.raw_ops.BatchMatMulV3(x=a[:, :, :, None], y=b[:, :, None], Tout=a.dtype, adj_y=turn), axis=3)
 
 
 def attend_in_chunks(

@@ -65,21 +65,24 @@ def blocks_read(packed: Sequence[NDArray[Any]], levels: int) -> int:
     return max(sum(groups[at + table].size for table in tables) for at in range(0, len(groups), each))
 
 
-def in_buckets(packed: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+def in_buckets(packed: Sequence[NDArray[Any]], new: int = 1) -> list[NDArray[Any]]:
     """A packed plan, its rows, tokens per row and blocks padded to powers of two: few shapes for XLA to compile.
 
-    Padding is a token 0 at position 0 that is written to, and sees, the null block.
+    Tokens per row are padded to ``new`` at least. Padding is a token 0 at position 0 that is written to, and sees, the
+    null block.
     """
 
-    def padded(array: NDArray[Any], axes: int) -> NDArray[Any]:
-        widths = [(0, (1 << (size - 1).bit_length()) - size) for size in array.shape[:axes]]
-        return np.pad(array, widths + [(0, 0)] * (array.ndim - axes))
+    def padded(array: NDArray[Any], *least: int) -> NDArray[Any]:
+        """The first axes padded, each to ``least`` of it at least."""
+        sizes = zip(array.shape, least, strict=False)
+        widths = [(0, max(wanted, 1 << (size - 1).bit_length()) - size) for size, wanted in sizes]
+        return np.pad(array, widths + [(0, 0)] * (array.ndim - len(widths)))
 
     tokens, positions, last, stride, *groups = packed
-    found = [padded(tokens, 2), padded(positions, 2), padded(last, 1), stride]
+    found = [padded(tokens, 1, new), padded(positions, 1, new), padded(last, 1), stride]
     for at in range(0, len(groups), 4):
         slots, blocks, first, tails = groups[at : at + 4]
-        found += [padded(slots, 2), padded(blocks, 2), padded(first, 1), padded(tails, 1)]
+        found += [padded(slots, 1, new), padded(blocks, 1, 1), padded(first, 1), padded(tails, 1)]
     return found
 
 

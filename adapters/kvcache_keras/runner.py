@@ -24,6 +24,10 @@ __all__ = ["StepRunner", "build", "last_of", "one_token", "place", "target_score
 
 _Tensor = Any
 
+_LOOP = 32
+"""Tokens that a compiled loop has room for at least: what `generate` asks for at once. Its last loop is shorter, and
+would be compiled once more."""
+
 
 class StepRunner:
     """Runs plans through graphs that are traced once each.
@@ -78,7 +82,7 @@ class StepRunner:
         cuts = shared_cuts(plan, self._store)
         name, levels, packed = "loop", len(cuts[0]), pack(plan, self._store, cuts)
         if self.compiled and not levels:
-            padded = in_buckets(packed)
+            padded = in_buckets(packed, _LOOP)
             if blocks_read(padded, levels) <= self._store.num_blocks:
                 name, packed = "compiled loop", padded
         if blocks_read(packed, levels) > self._store.num_blocks:

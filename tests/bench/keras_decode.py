@@ -14,7 +14,7 @@ from kvcache_keras import KVCache
 HUB = "KerasHub generate"
 STEPS = 32
 CONTEXTS = (128, 1024, 4096)
-COMPILED = (128, 1024)
+COMPILED = (128, 1024, 4096)
 TARGET = 0.6
 SHARED, OWN = 1024, 64
 ALONE = "64 tokens alone behind a cached past"

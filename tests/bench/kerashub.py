@@ -33,6 +33,7 @@ class KerasHub:
         _fill(backbone, checkpoint.weights)
         self.model = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
         self.model.compile(sampler="greedy")
+        self._kept: dict[tuple[int, ...], list[Any]] = {}
 
     def generate(self, prompt: list[int], total: int) -> tuple[float, list[int]]:
         """Continue `prompt` to `total` tokens: seconds, and the new tokens."""
@@ -48,12 +49,17 @@ class KerasHub:
         """Compute the prompt's K and V once: `generate` for it and for longer prompts then only runs its loop.
 
         The loop stays KerasHub's own, compiled by XLA as it ships; what is left out is the prefill of every call.
+        A prompt that was kept before has its loop too.
         """
-        ids = np.zeros((1, total), np.int32)
-        ids[0, : len(prompt)] = prompt
-        kept = tf.function(type(self.model)._build_cache)(self.model, tf.constant(ids))
-        self.model._build_cache = lambda token_ids: kept
-        self.model.generate_function = None
+        key = (total, *prompt)
+        if key not in self._kept:
+            ids = np.zeros((1, total), np.int32)
+            ids[0, : len(prompt)] = prompt
+            kept = tf.function(type(self.model)._build_cache)(self.model, tf.constant(ids))
+            self.model._build_cache = lambda token_ids: kept
+            self.model.generate_function = None
+            self._kept[key] = [self.model._build_cache, self.model.make_generate_function()]
+        self.model._build_cache, self.model.generate_function = self._kept[key]
 
 
 def _fill(backbone: Any, weights: dict[str, np.ndarray]) -> None:

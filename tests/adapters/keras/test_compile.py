@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -61,6 +64,27 @@ def test_what_padding_chooses_ends_no_loop(cache: KVCache) -> None:
     ends = set(range(VOCAB)) - set(whole.flat)
     np.testing.assert_array_equal(cache.decode_greedy(seqs, prompts, 6, ends), whole)
     assert cache.runner.traces["compiled loop"] == 1
+
+
+def test_a_shorter_loop_has_the_shapes_of_a_longer_one(cache: KVCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, graph_of = set(), cache.runner.function
+
+    def watched(name: str, levels: int = 0) -> Callable[..., Any]:
+        def run(*inputs: Any) -> Any:
+            shapes.add((name, *(array.shape for array in inputs[1:])))
+            return graph_of(name, levels)(*inputs)
+
+        return run
+
+    monkeypatch.setattr(cache.runner, "function", watched)
+    seq = cache.open([1, 2, 3])
+    expected = FrontendCache.decode_greedy(cache, [seq.fork()], [[1, 2, 3]], 6)
+    found = [cache.step_greedy([seq], [[1, 2, 3]])[:, None]]
+    shapes.clear()
+    for count in (3, 1, 1):
+        found.append(cache.decode_greedy([seq], found[-1][:, -1:].tolist(), count))
+    np.testing.assert_array_equal(np.concatenate(found, axis=1), expected)
+    assert len(shapes) == 1
 
 
 def test_a_context_that_is_larger_than_the_pool_when_padded_runs_in_the_loop_that_is_not_compiled(
