@@ -20,9 +20,11 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 _PACKED_FOR = 8
 """Rows that a packed weight is laid out for; oneDNN takes the same layout for every number from two rows on."""
 
-_FEW, _FEW_PACKED, _FEW_MKL = 32, 8, 3
-"""Rows up to which the kernel in C is faster than oneDNN, and than oneDNN with packed weights, and MKL on an Intel CPU
-than oneDNN, as `python tests/bench/torch_linear.py` has measured it."""
+_FEW, _FEW_PACKED = 32, 8
+"""Rows up to which the kernel in C is faster than oneDNN, and than oneDNN with packed weights, as
+`python tests/bench/torch_linear.py` has measured it."""
+_ONEDNN_ON_INTEL = range(4, 64)
+"""Rows for which oneDNN is faster than MKL on a CPU of MKL's own maker, by the same measurement."""
 
 
 def _mkl_is_fast() -> bool:
@@ -57,11 +59,11 @@ _packed: dict[tuple[int, torch.Size], _Packed] = {}
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``, faster where a few rows meet many float32 weights on a CPU.
 
-    There the usual BLAS reads the weights at a third of the memory's speed, unless it is MKL on an Intel CPU and the
-    rows are at most 3; oneDNN, which PyTorch carries along, reads them twice as fast, and three times from weights that
-    :func:`pack_weights` has brought into its order. So does, without a copy, a kernel in C that is in use after
-    ``cache.compile()``, for up to 32 rows. Everywhere else (another dtype or device, autocast, gradients wanted) this
-    is ``F.linear``.
+    There the usual BLAS reads the weights at a third of the memory's speed; oneDNN, which PyTorch carries along, reads
+    them twice as fast, and three times from weights that :func:`pack_weights` has brought into its order. So does,
+    without a copy, a kernel in C that is in use after ``cache.compile()``, for up to 32 rows. On an Intel CPU
+    ``F.linear`` is MKL's, which is fast for fewer than 4 rows, and faster than oneDNN for many. Everywhere else
+    (another dtype or device, autocast, gradients wanted) this is ``F.linear``.
 
     Args:
         x: [..., in].
@@ -127,7 +129,7 @@ def _fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     few = _FEW if packed is None else _FEW_PACKED
     if kernels is not None and x.numel() <= few * x.shape[-1] and weight.is_contiguous():
         return kernels.linear(x, weight, bias)
-    if _MKL_IS_FAST and x.numel() <= _FEW_MKL * x.shape[-1]:
+    if _MKL_IS_FAST and x.numel() // max(1, x.shape[-1]) not in _ONEDNN_ON_INTEL:
         return F.linear(x, weight, bias)
     values = weight if packed is None else packed.values
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, values, bias, "none", [], None)

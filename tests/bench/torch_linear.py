@@ -1,4 +1,4 @@
-"""Up to how many rows the kernel in C is the fastest way: `python tests/bench/torch_linear.py` prints milliseconds.
+"""For how many rows which way is the fastest: `python tests/bench/torch_linear.py` prints milliseconds.
 
 All linear layers of SmolLM2 once, the weights read from memory each time.
 """
@@ -38,7 +38,7 @@ def main() -> None:
         sys.exit("no C compiler: there is no kernel to compare")
     weights = [torch.randn(shape) for shape in (*SHAPES * LAYERS, HEAD)]
     packed = [torch.ops.mkldnn._reorder_linear_weight(weight, 8) for weight in weights]
-    for rows in (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64):
+    for rows in (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64, 128, 512, 1024):
         x = {size: torch.randn(rows, size) for _, size in SHAPES}
         inputs = [x[weight.shape[1]] for weight in weights]
         ways = {
