@@ -7,6 +7,8 @@ VENV ?= .venv
 PIP_ARGS ?=
 # Processes that run the tests; WORKERS=0 for one process, which a debugger needs
 WORKERS ?= 2
+# Files go to the workers in their own order: by number of tests, the default, those with one long test come last.
+SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Extra flags for pytest, the demo and the benchmarks, e.g. make test ARGS="tests/core -x"
 ARGS ?=
 # tensorflow-cpu has wheels for x86 only
@@ -50,13 +52,13 @@ demo-short: $(STAMP)  ## the demo with few tokens, for CI
 	$(PY) examples/demo.py --max-new-tokens 8 $(ARGS)
 
 test: $(STAMP)  ## the test suite (not the slow tests)
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest $(SPREAD) $(ARGS)
 
 test-slow: $(STAMP)  ## the slow tests: full-size model, long runs
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile -m slow $(ARGS)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest $(SPREAD) -m slow $(ARGS)
 
 supported: $(STAMP)  ## the table in docs/supported.md, from a run of the tests of every family
-	HF_HUB_OFFLINE=1 $(PY) -m tests.supported -n $(WORKERS) --dist loadfile $(ARGS)
+	HF_HUB_OFFLINE=1 $(PY) -m tests.supported $(SPREAD) $(ARGS)
 
 lint: $(STAMP)  ## ruff (rules and format) and mypy
 	$(PY) -m ruff check .

@@ -44,11 +44,10 @@ def make_tiers(tmp_path_factory, valkey_server) -> Make:
     return make
 
 
-@pytest.mark.parametrize("kind", ["ram", "all"])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-@given(data=st.data())
+@given(data=st.data(), kind=st.sampled_from(["ram", "all"]))
 @settings(max_examples=8)
-def test_random_scripts_with_little_room(make_tiers, framework, kind, data):
+def test_random_scripts_with_little_room(make_tiers, framework, data, kind):
     """Forks, truncations, faults and resizes over a pool that loses blocks all the time."""
     config = data.draw(decoder_configs(max_layers=3))
     script = data.draw(scripts(max_blocks=10, max_actions=20))
@@ -67,7 +66,7 @@ def test_random_scripts_with_little_room(make_tiers, framework, kind, data):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @given(config=decoder_configs(max_layers=3))
-@settings(max_examples=3)
+@settings(max_examples=2)
 def test_every_step_demotes_and_promotes(make_tiers, framework, kind, config):
     """Three prompts take turns in a pool that holds one: each turn evicts another's blocks and takes its own back."""
     whole = 4 * config.block_size
