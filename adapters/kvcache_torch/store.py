@@ -6,7 +6,6 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.layout import SCALED_DTYPES, BlockLayout, check_dtype, scales_of
 from kvcache_core.store import BlockBytes, allocating, host_memory, packed_view
 from kvcache_core.types import BlockId
+from kvcache_torch.hostcopy import Pair, copy_in, copy_out
 from kvcache_torch.quantization import DTYPES, STORED, decoded, encoded
 
 __all__ = ["TensorStore", "dtype_name", "stored_dtype_name", "torch_dtype"]
@@ -196,7 +196,7 @@ class TensorStore:
         packed = np.empty((len(blocks), self.layout.packed_bytes(group)), np.uint8) if out is None else out
         with torch.inference_mode(False), torch.no_grad():
             if self.device.type == "cpu":
-                self._copy_out(group, blocks, packed)
+                copy_out(self._in_host_memory(group, packed), blocks)
                 return packed
             index = torch.tensor(blocks, dtype=torch.int64, device=self.device)
             for spec in self.layout.packed(group):
@@ -205,27 +205,27 @@ class TensorStore:
                 target.copy_(_bits(content, target.dtype))
         return packed
 
-    def _copy_out(self, group: int, blocks: Sequence[int], packed: np.ndarray[Any, Any]) -> None:
-        """The same in the host's memory: by numpy, a run of adjacent blocks at a time. PyTorch would wake its threads
-        for each of many small copies, and an index would make a copy of its own.
-        """
-        breaks = np.flatnonzero(np.diff(blocks) != 1) + 1
-        runs = [(first, end) for first, end in pairwise([0, *breaks.tolist(), len(blocks)]) if first < end]
-        for spec in self.layout.packed(group):
-            target = packed_view(packed, spec)
-            bits = torch.from_numpy(target).dtype
-            source = _bits(self._blocks((spec.layer, spec.name)), bits).numpy().transpose(1, 2, 0, 3)
-            for first, end in runs:
-                target[first:end] = source[blocks[first] : blocks[first] + end - first]
-
     def import_blocks(self, group: int, blocks: Sequence[int], packed: np.ndarray[Any, Any]) -> None:
         """The reverse of :meth:`export_blocks`."""
-        index = torch.tensor(blocks, dtype=torch.int64, device=self.device)
         with torch.inference_mode(False), torch.no_grad():
+            if self.device.type == "cpu":
+                copy_in(self._in_host_memory(group, packed), blocks)
+                return
+            index = torch.tensor(blocks, dtype=torch.int64, device=self.device)
             for spec in self.layout.packed(group):
                 content = _tensor(packed_view(packed, spec)).permute(2, 0, 1, 3).to(self.device)
                 target = self._blocks((spec.layer, spec.name))
                 target.index_copy_(1, index, _bits(content, target.dtype))
+
+    def _in_host_memory(self, group: int, packed: np.ndarray[Any, Any]) -> list[Pair]:
+        """Each array of a group as numpy sees it, [blocks, entries, H, D], and its part of packed blocks."""
+        pairs = []
+        for spec in self.layout.packed(group):
+            pool = self._blocks((spec.layer, spec.name))
+            if pool.dtype == torch.bfloat16:
+                pool = pool.view(torch.uint16)
+            pairs.append((pool.numpy().transpose(1, 2, 0, 3), packed_view(packed, spec)))
+        return pairs
 
     def allocate(self, num_blocks: int) -> dict[tuple[int, str], Tensor]:
         """A tensor for each of the present ones, not filled; see :meth:`~kvcache_core.store.KVStore.allocate`."""
