@@ -188,6 +188,8 @@ class BlockLayout:
     comes before states and states before stored outputs, full attention before windows."""
     digest: bytes = field(init=False, compare=False, repr=False)
     """16 bytes that differ for layouts whose blocks must not be mixed."""
+    _packed: tuple[tuple[PackedArray, ...], ...] = field(init=False, compare=False, repr=False)
+    """Per group; made once, as it is asked for at each eviction."""
 
     def __init__(self, layers: Sequence[LayerSpec], block_size: int = 16, dtype: str = "float32") -> None:
         if not layers:
@@ -206,6 +208,7 @@ class BlockLayout:
             if len(set(names)) != len(names):
                 raise InvalidInput(f"layer {layer} has an array with the name of another one's scales: {names}")
         object.__setattr__(self, "digest", self._digest())
+        object.__setattr__(self, "_packed", tuple(map(self._pack, range(len(self.groups)))))
 
     def group_of(self, layer: int) -> int:
         """Index in :attr:`groups` of the layer's group."""
@@ -238,6 +241,9 @@ class BlockLayout:
 
     def packed(self, group: int) -> tuple[PackedArray, ...]:
         """The arrays of a layer group in a packed block, in the order of layers and of each layer's arrays."""
+        return self._packed[group]
+
+    def _pack(self, group: int) -> tuple[PackedArray, ...]:
         arrays: list[PackedArray] = []
         offset = 0
         for layer in range(len(self.layers)):

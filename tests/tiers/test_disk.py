@@ -590,16 +590,25 @@ def put_one_by_one(tier: DiskTier, count: int) -> None:
         tier.put_many([(key(number), value(number))])
 
 
-def test_a_small_file_system(tmp_path):
-    """Real ENOSPC from a mount of its own, where mounting is allowed."""
+@contextlib.contextmanager
+def small_file_system(tmp_path: Path, size: str) -> Iterator[Path]:
+    """The folder that a file system of its own lies at."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip(f"mounting is not allowed here: {mounted.stderr.decode().strip()}")
     try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_small_file_system(tmp_path):
+    """Real ENOSPC from a mount of its own, where mounting is allowed."""
+    with small_file_system(tmp_path, "3m") as folder:
         cache = Cache(6, [f"disk:{folder}?max=64MiB&sync=on"])
         tier = cache.stack.tiers[0]
         with pytest.raises((lmdb.Error, OSError)):
@@ -619,8 +628,6 @@ def test_a_small_file_system(tmp_path):
             assert turns(cache, 4) == [20] * 4
             assert cache.answered() == (4, 80)
             cache.stack.close()
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 OPENS = """
@@ -644,14 +651,7 @@ def test_opening_on_a_full_disk_is_one_clear_error(tmp_path, there):
             command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, check=True
         ).stdout
 
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting is not allowed here: {mounted.stderr.decode().strip()}")
-    try:
+    with small_file_system(tmp_path, "4m") as folder:
         if there:
             filled(folder / "tier")
             lock = folder / "tier" / "lock.mdb"
@@ -668,8 +668,6 @@ def test_opening_on_a_full_disk_is_one_clear_error(tmp_path, there):
         assert not list(folder.glob("tier/*.damaged"))
         (folder / "rest").unlink()
         assert opened() == ("100\n" if there else "0\n")
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def newer_process(url: str) -> list[str]:

@@ -18,6 +18,7 @@ from kvcache_core import AfterSightings, KVCacheWarning, UsageError
 from kvcache_core.tree import flatten
 from kvcache_keras import KVCache
 from kvcache_keras.activation import Site
+from tests.adapters.clock import Clock
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -313,22 +314,9 @@ def test_an_exception_in_a_graph_loses_nothing(layer, cache):
 # ---- whether it pays -------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    """Stands for the module ``time`` where calls are timed: a second passes at each reading, and what a test adds."""
-
-    now = 0.0
-
-    def perf_counter(self):
-        self.now += 1
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock()
-    for module in (kvcache_core.activation, kvcache_keras.activation):
-        monkeypatch.setattr(module, "time", clock)
-    return clock
+    return Clock(monkeypatch, kvcache_core.activation, kvcache_keras.activation)
 
 
 @pytest.mark.usefixtures("clock")

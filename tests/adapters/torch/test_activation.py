@@ -16,6 +16,7 @@ import kvcache_core.activation
 import kvcache_torch.activation
 from kvcache_core import AfterSightings, InvalidInput, KVCacheWarning, Sampled, UsageError
 from kvcache_torch import KVCache, generate
+from tests.adapters.clock import Clock
 from tests.adapters.torch.models import Small, prompt
 
 
@@ -673,22 +674,9 @@ def test_threads_share_entries(model, cache):
 # ---- whether it pays -------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    """Stands for the module ``time`` where calls are timed: a second passes at each reading, and what a test adds."""
-
-    now = 0.0
-
-    def perf_counter(self):
-        self.now += 1
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock()
-    for module in (kvcache_core.activation, kvcache_torch.activation):
-        monkeypatch.setattr(module, "time", clock)
-    return clock
+    return Clock(monkeypatch, kvcache_core.activation, kvcache_torch.activation)
 
 
 @pytest.mark.usefixtures("clock")

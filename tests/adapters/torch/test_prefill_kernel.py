@@ -15,6 +15,10 @@ from kvcache_torch import KVCache, generate, native
 from tests.adapters.torch.hf_models import VOCAB, decoder
 from tests.adapters.torch.models import Small, close, prompt
 
+TOKENS, QUERIES = 32, 500
+"""So many of each at least where errors are compared with PyTorch's: fewer tokens it adds up in another way, more
+exactly, and of fewer queries one whose error is far from the others' shows in the mean of all."""
+
 
 @pytest.fixture
 def kernel_calls(monkeypatch):
@@ -44,13 +48,20 @@ def exact(q, k, v, start, window=None, dtype=torch.float64):
 
 
 def rounding(q, k, v):
-    """What float32 may add to a row's results: a score is a sum of D products, each rounded to half an ulp, whose error
+    """What float32 may add to any result: a score is a sum of D products, each rounded to half an ulp, whose error
     grows with sqrt(D) (Higham and Mary, 2019); a weight is off by as much in proportion, and so is the sum of weights.
+
+    One score in thousands is off by several times what most are, PyTorch's as well, but not the same one: the largest
+    error of one run says nothing about that of another.
     """
     groups, size = q.shape[0] // k.shape[0], q.shape[2]
     half_ulp = torch.finfo(torch.float32).eps / 2
     largest = (q.abs() @ k.abs().repeat_interleave(groups, 0).transpose(1, 2)).max().item() * size**-0.5
     return 2 * half_ulp * (size**0.5 * largest + 1) * v.abs().max().item()
+
+
+def rms(error):
+    return error.double().square().mean().sqrt().item()
 
 
 @given(data=st.data())
@@ -94,9 +105,12 @@ def test_kernel_equals_float64(compiled, threads, data):
         mine = places[row]
         assert torch.equal(keys[:, mine[start:]], k[row, :, :count])
         assert torch.equal(values[:, mine[start:]], v[row, :, :count])
-        right = exact(q[row, :, :count], keys[:, mine], values[:, mine], start, window)
-        allowed = rounding(q[row, :, :count], keys[:, mine], values[:, mine])
-        torch.testing.assert_close(found[row, :, :count].double(), right, atol=allowed, rtol=0)
+        same = q[row, :, :count], keys[:, mine], values[:, mine]
+        error = found[row, :, :count] - exact(*same, start, window)
+        assert error.abs().max() <= rounding(*same)
+        if count >= TOKENS and heads * groups * count >= QUERIES:
+            theirs = exact(*same, start, window, dtype=torch.float32) - exact(*same, start, window)
+            assert rms(error) <= 1.5 * rms(theirs)
         assert not found[row, :, count:].any()
 
 
