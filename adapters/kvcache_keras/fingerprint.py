@@ -163,8 +163,11 @@ class Structure:
     def __init__(self, model: Any) -> None:
         self.tracked = _tracked(model)
         self._natives = list(map(_value_of, self.tracked))
-        others = (layer for layer in model._flatten_layers() if not type(layer).__module__.startswith("keras."))
-        self._switches = Switches(map(vars, others), _OF_EVERY_LAYER)
+        layers = (layer for layer in model._flatten_layers() if not type(layer).__module__.startswith("keras."))
+        others = [vars(layer) for layer in layers]
+        # TensorFlow's own accounts of what to save come late into a layer: some have them, some do not.
+        accounts = {name for attributes in others for name in attributes if name.startswith("_self_")}
+        self._switches = Switches(others, _OF_EVERY_LAYER | accounts)
 
     def is_of(self, model: Any) -> bool:
         """Whether the model still has the variables this was made for."""

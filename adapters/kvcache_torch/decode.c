@@ -14,13 +14,17 @@
 #define QUERIES 8 /* at once */
 #define WIDEST 256
 
-/* So many queries at once stay in registers, with the four vectors of a tile of V for each. */
+/* So many queries at once stay in registers, with the four vectors of a tile of V for each; and MANY of those that
+ * kvcache_many takes. */
+#define FEWEST_MANY 12
 #ifdef __AVX512F__
 #define LANES 16
 #define MOST 4
+#define MANY 48
 #else
 #define LANES 8
 #define MOST 2
+#define MANY 24
 #endif
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -129,6 +133,10 @@ static inline __attribute__((always_inline)) void attend(const float *q, const f
     }
 }
 
+/* The same for many queries, which are the lanes of vectors there: in prefill.c. */
+void kvcache_many(const float *q, const float *k, const float *v, float **state, int64_t queries, int64_t size,
+                  int64_t width);
+
 /* shape: B, H, G, D, pieces. strides: rows and heads of q, k, v; heads of keys, values.
  * pieces [pieces, 4]: first slot, slots, first reader, readers. readers: rows. slots [B]: where new tokens go.
  * starts [B + 1], parts: row b's partial results are those of the readers parts[starts[b]] to parts[starts[b + 1] - 1]. */
@@ -152,16 +160,20 @@ void kvcache_decode(const float *q, const float *k, const float *v, float *keys,
             const int64_t *piece = pieces + item / heads * 4, head = item % heads, total = piece[3] * groups;
             const float *k_at = keys + head * strides[6] + piece[0] * width;
             const float *v_at = values + head * strides[7] + piece[0] * width;
-            for (int64_t first = 0; first < total; first += QUERIES) {
-                const int64_t queries = total - first < QUERIES ? total - first : QUERIES;
-                float scaled[QUERIES * WIDEST], *to[QUERIES];
+            for (int64_t first = 0, queries; first < total; first += queries) {
+                const int many = total - first >= FEWEST_MANY && width % 8 == 0;
+                const int64_t most = many ? MANY : QUERIES;
+                queries = total - first < most ? total - first : most;
+                float scaled[MANY * WIDEST], *to[MANY];
                 for (int64_t i = 0; i < queries; i++) {
                     const int64_t reader = piece[2] + (first + i) / groups, query = head * groups + (first + i) % groups;
                     const float *from = q + readers[reader] * strides[0] + query * strides[1];
                     for (int64_t d = 0; d < width; d++) scaled[i * width + d] = from[d] * scale;
                     to[i] = scratch + reader * per_reader + query * state;
                 }
-                if (width == 64)
+                if (many)
+                    kvcache_many(scaled, k_at, v_at, to, queries, piece[1], width);
+                else if (width == 64)
                     attend(scaled, k_at, v_at, to, queries, piece[1], 64);
                 else if (width == 128)
                     attend(scaled, k_at, v_at, to, queries, piece[1], 128);

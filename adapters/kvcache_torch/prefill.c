@@ -50,13 +50,15 @@ typedef struct {
 /* sum[i] = the sum over j < size of a[i * across + j * along] * b[j]. */
 static inline __attribute__((always_inline)) void product(const int n, const int vectors, const float *a,
                                                           int64_t across, int64_t along, const queries *b, int64_t size,
-                                                          vec (*sum)[VECTORS]) {
+                                                          vec (*sum)[VECTORS], const float *one, const float *two) {
 #pragma GCC unroll 8
     for (int i = 0; i < n; i++)
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) sum[i][v] = (vec){0};
     for (int64_t j = 0; j < size; j++) {
         vec lanes[VECTORS];
+        if (one) __builtin_prefetch(one + ACROSS * j, 0, 2);
+        if (two) __builtin_prefetch(two + ACROSS * j, 0, 2);
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) lanes[v] = b[j].lanes[v];
 #pragma GCC unroll 8
@@ -66,11 +68,13 @@ static inline __attribute__((always_inline)) void product(const int n, const int
     }
 }
 
-/* score[i] = q K_i of n tokens. */
+/* score[i] = q K_i of n tokens. Meanwhile the next tile of K and V is asked for: else memory would wait for the
+ * arithmetic. */
 static inline __attribute__((always_inline)) void scores(const int n, const int vectors, const float *keys,
-                                                         int64_t width, const queries *q, queries *score) {
+                                                         const float *values, int64_t width, int64_t value_width,
+                                                         const queries *q, queries *score) {
     vec sum[ACROSS][VECTORS];
-    product(n, vectors, keys, width, 1, q, width, sum);
+    product(n, vectors, keys, width, 1, q, width, sum, keys + TILE * width, values + TILE * value_width);
 #pragma GCC unroll 8
     for (int i = 0; i < n; i++)
 #pragma GCC unroll 3
@@ -82,7 +86,7 @@ static inline __attribute__((always_inline)) void weigh(const int vectors, const
                                                         int64_t width, queries *result, const queries *kept,
                                                         int64_t count) {
     vec sum[ACROSS][VECTORS];
-    product(ACROSS, vectors, values, 1, width, weight, count, sum);
+    product(ACROSS, vectors, values, 1, width, weight, count, sum, 0, 0);
 #pragma GCC unroll 8
     for (int i = 0; i < ACROSS; i++)
 #pragma GCC unroll 3
@@ -127,11 +131,15 @@ static inline __attribute__((always_inline)) void add_tile(const int vectors, bl
                                                            int32_t first, int64_t count, int edge) {
     queries score[TILE], kept;
     int64_t t = 0;
-    for (; t + ACROSS <= count; t += ACROSS) scores(ACROSS, vectors, keys + t * width, width, b->q, score + t);
+    for (; t + ACROSS <= count; t += ACROSS)
+        scores(ACROSS, vectors, keys + t * width, values + t * value_width, width, value_width, b->q, score + t);
     /* The rest: some tokens once more, the same again. */
-    if (t < count && t) t = count - ACROSS, scores(ACROSS, vectors, keys + t * width, width, b->q, score + t);
+    const int64_t last = count - ACROSS;
+    if (t < count && t)
+        scores(ACROSS, vectors, keys + last * width, values + last * value_width, width, value_width, b->q, score + last);
     else
-        for (; t < count; t++) scores(1, vectors, keys + t * width, width, b->q, score + t);
+        for (; t < count; t++)
+            scores(1, vectors, keys + t * width, values + t * value_width, width, value_width, b->q, score + t);
     if (edge) hide(b, score, first, count);
     vec largest[VECTORS];
 #pragma GCC unroll 3
@@ -152,6 +160,17 @@ static inline __attribute__((always_inline)) void add_tile(const int vectors, bl
     }
     for (int64_t d = 0; d < value_width; d += ACROSS)
         weigh(vectors, score, values + d, value_width, b->result + d, &kept, count);
+}
+
+/* The same for the first `some` queries, in as few vectors as hold them. */
+static void add_tiles(block *b, int64_t some, const float *keys, const float *values, int64_t width,
+                      int64_t value_width, int32_t first, int64_t count, int edge) {
+    if (some <= LANES)
+        add_tile(1, b, keys, values, width, value_width, first, count, edge);
+    else if (some <= 2 * LANES)
+        add_tile(2, b, keys, values, width, value_width, first, count, edge);
+    else
+        add_tile(3, b, keys, values, width, value_width, first, count, edge);
 }
 
 /* What all blocks of queries have in common. Sizes as above; strides of rows, heads and tokens of q, k, v; of heads of
@@ -180,12 +199,7 @@ static void add_extent(const layer *l, block *b, int64_t some, extent run, const
         const int64_t count = end - at < TILE ? end - at : TILE;
         const int edge = at <= oldest[some - 1] || at + count > newest[0] + 1; /* not all see all */
         const float *k = keys + (before + at) * l->width, *v = values + (before + at) * l->value_width;
-        if (some <= LANES)
-            add_tile(1, b, k, v, l->width, l->value_width, at, count, edge);
-        else if (some <= 2 * LANES)
-            add_tile(2, b, k, v, l->width, l->value_width, at, count, edge);
-        else
-            add_tile(3, b, k, v, l->width, l->value_width, at, count, edge);
+        add_tiles(b, some, k, v, l->width, l->value_width, at, count, edge);
     }
 }
 
@@ -215,6 +229,30 @@ static void end_block(const layer *l, block *b, int64_t begin, int64_t some, flo
         const int64_t query = begin + lane;
         float *to = out + (query / l->groups * l->heads * l->groups + query % l->groups) * l->value_width;
         for (int64_t d = 0; d < l->value_width; d++) to[d] = b->result[d].at[lane];
+    }
+}
+
+/* For decode steps: what up to QUERIES scaled queries [some, width] get of one head's K and V [size, width], all of it.
+ * width: a multiple of ACROSS. state[i]: largest score, sum of the weights, and the weighted sum of V. */
+void kvcache_many(const float *q, const float *keys, const float *values, float **state, int64_t some, int64_t size,
+                  int64_t width) {
+    block b;
+    const int64_t lanes = (some + LANES - 1) / LANES * LANES;
+    for (int64_t lane = 0; lane < lanes; lane++) {
+        const float *from = q + (lane < some ? lane : some - 1) * width;
+        for (int64_t d = 0; d < width; d++) b.q[d].at[lane] = from[d];
+        b.largest.at[lane] = LOWEST;
+        b.total.at[lane] = 0.0f;
+    }
+    memset(b.result, 0, width * sizeof(queries));
+    for (int64_t at = 0; at < size; at += TILE) {
+        const int64_t count = size - at < TILE ? size - at : TILE;
+        add_tiles(&b, some, keys + at * width, values + at * width, width, width, at, count, 0);
+    }
+    for (int64_t lane = 0; lane < some; lane++) {
+        state[lane][0] = b.largest.at[lane];
+        state[lane][1] = b.total.at[lane];
+        for (int64_t d = 0; d < width; d++) state[lane][2 + d] = b.result[d].at[lane];
     }
 }
 
