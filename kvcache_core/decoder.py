@@ -185,8 +185,9 @@ class CacheDecoder:
         needed += self._forks(new, copies)
         capacity = self._cache.core.most_blocks
         if needed > capacity:
+            each = f" in each of {copies} continuations" if copies > 1 else ""
             raise CacheFull(
-                f"a prompt of {prompt} tokens with {new} new tokens needs {needed} blocks of "
+                f"a prompt of {prompt} tokens with {new} new tokens{each} needs {needed} blocks of "
                 f"{self._block_size} tokens; the whole cache has {capacity}; make it larger (size= or memory=) "
                 "or shorten the prompt",
                 needed=needed,

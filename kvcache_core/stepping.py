@@ -16,7 +16,7 @@ from kvcache_core.sampling import log_softmax, top
 from kvcache_core.sequence import Sequence as CachedSequence
 from kvcache_core.types import TokenIds
 
-__all__ = ["PREFILL_CHUNK", "Stepping", "check_chunk"]
+__all__ = ["PREFILL_CHUNK", "Stepping", "check_chunk", "check_count"]
 
 PREFILL_CHUNK = 1024
 """Tokens of prompts in one step, over the whole batch: it bounds the memory of a step."""
@@ -31,6 +31,12 @@ def check_chunk(chunk: int | None) -> int | None:
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, (int, np.integer)) or chunk < 1):
         raise InvalidInput(f"prefill_chunk must be a whole number of tokens, at least 1, or None; got {chunk!r}")
     return chunk
+
+
+def check_count(count: int) -> None:
+    """Raise InvalidInput unless at least one token is wanted."""
+    if count < 1:
+        raise InvalidInput(f"count is the number of greedy tokens wanted, at least 1; got {count!r}")
 
 
 class Stepping(ABC):
@@ -218,7 +224,10 @@ class Stepping(ABC):
 
         Raises:
             CacheFull: no room for the first step. Without room for a later one, n is smaller.
+            InvalidInput: ``count`` is less than 1.
+            An error of the model in a later step leaves every row as it was before that step.
         """
+        check_count(count)
         ends = list(eos_ids)
         chosen = [self.step_greedy(seqs, token_ids)]
         while len(chosen) < count and not np.isin(chosen[-1], ends).any():

@@ -18,6 +18,7 @@ from kvcache_core.frontend import FrontendCache
 from kvcache_core.layout import BlockLayout
 from kvcache_core.plan import StepPlan
 from kvcache_core.sequence import Sequence as CachedSequence
+from kvcache_core.stepping import check_count
 from kvcache_core.types import TokenIds
 from kvcache_keras.activation import Site
 from kvcache_keras.attach import AttachedCall
@@ -232,13 +233,18 @@ class KVCache(FrontendCache):
         The graph works on a copy of the rows' context. Where that would be larger than the pool itself, and where
         there is no room for all ``count`` tokens, the steps are run one by one.
         """
+        check_count(count)
         if any(kind == "state" for kind, _ in self.store.layout.groups):
             return super().decode_greedy(seqs, token_ids, count, eos_ids)  # a state is behind all of a step's tokens
         if any(len(ids) != 1 for ids in token_ids):
             first = self.step_greedy(seqs, token_ids)[:, None]
             if count == 1 or np.isin(first, list(eos_ids)).any():
                 return first
-            return np.concatenate((first, self.decode_greedy(seqs, first.tolist(), count - 1, eos_ids)), axis=1)
+            try:
+                more = self.decode_greedy(seqs, first.tolist(), count - 1, eos_ids)
+            except CacheFull:
+                return first
+            return np.concatenate((first, more), axis=1)
         if self._weights_changed():
             self.refresh()
         for ids in token_ids:

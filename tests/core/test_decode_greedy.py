@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcache_core import BlockCache, CacheFull
+from kvcache_core import BlockCache, CacheFull, InvalidInput
 from kvcache_core.frontend import FrontendCache
 
 VOCAB = 7
@@ -63,3 +63,12 @@ def test_without_room_for_all_steps_there_are_fewer_and_nothing_is_lost():
     with pytest.raises(CacheFull):
         cache.decode_greedy([seq], chosen[:, -1:].tolist(), 20)
     assert seq.length == 8
+
+
+@pytest.mark.parametrize("count", [0, -3])
+def test_no_tokens_wanted_is_refused(count):
+    cache = Chain(2)
+    seq = cache.core.open([1, 2, 3])
+    with pytest.raises(InvalidInput, match="at least 1"):
+        cache.decode_greedy([seq], [[1, 2, 3]], count)
+    assert seq.length == 0

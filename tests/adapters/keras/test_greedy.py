@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache_core import CacheFull
+from kvcache_core import CacheFull, InvalidInput
 from kvcache_core.frontend import FrontendCache
 from kvcache_core.layout import SCALED_DTYPES
 from kvcache_keras import KVCache
-from tests.adapters.keras.models import VOCAB, Decoder, Small, fill_with_nan, ids
+from tests.adapters.keras.models import VOCAB, Decoder, Small, fill_with_nan, ids, tensor
 from tests.reference_decoder import DecoderConfig, decoder_configs, make_weights
 
 PROMPTS = st.lists(st.lists(st.integers(0, 10), min_size=1, max_size=20), min_size=1, max_size=3)
@@ -118,6 +118,24 @@ def test_without_room_there_are_fewer_tokens(cache: KVCache) -> None:
         cache.decode_greedy([seq], chosen[:, -1:].tolist(), 3)
     assert seq.length == 48
     cache.core.check_valid()
+
+
+def test_a_prompt_that_leaves_no_room_has_its_token(cache: KVCache) -> None:
+    prompt = ids(48).tolist()
+    expected = cache.model(tensor([prompt]))[0, -1].numpy().argmax()
+    seq = cache.open(prompt)
+    np.testing.assert_array_equal(cache.decode_greedy([seq], [prompt], 5), [[expected]])
+    assert seq.length == 48
+    cache.core.check_valid()
+
+
+@pytest.mark.parametrize("count", [0, -3])
+def test_no_tokens_wanted_is_refused(cache: KVCache, count: int) -> None:
+    seq = cache.open([1, 2, 3])
+    for tokens in ([1, 2, 3], [1]):
+        with pytest.raises(InvalidInput, match="at least 1"):
+            cache.decode_greedy([seq], [tokens], count)
+    assert seq.length == 0
 
 
 def test_rows_that_share_more_than_the_pool_could_copy_are_stepped(cache: KVCache) -> None:

@@ -331,6 +331,14 @@ def test_a_prompt_longer_than_the_cache(model):
         at_rest(cache)
 
 
+def test_continuations_that_do_not_fit_are_named(model):
+    cache = KVCache(8, block_size=4)
+    cache.attach(model)
+    with pytest.raises(CacheFull, match="with 8 new tokens in each of 5 continuations needs"):
+        generate(model, [prompt(0, 10)], max_new_tokens=8, cache=cache, n=5)
+    at_rest(cache)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
