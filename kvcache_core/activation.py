@@ -22,8 +22,9 @@ from kvcache_core.samples import Samples, sample_keys
 from kvcache_core.tree import Tree, flatten
 from kvcache_core.worth import Worth
 
-__all__ = ["ActivationSite", "Bypassed", "RowFormat"]
+__all__ = ["NUMBER_IN_OUTPUT", "ActivationSite", "Bypassed", "RowFormat"]
 
+NUMBER_IN_OUTPUT = "the output holds a plain number, which may belong to the batch and not to a sample"
 
 RowFormat = tuple[Callable[[Any], tuple[str, NDArray[Any]]], Callable[[str, NDArray[Any]], Any]]
 """(a row of a result as dtype name and bits of its elements; the reverse)."""
@@ -235,6 +236,8 @@ class ActivationSite(ABC):
             leaves, tree = flatten(output, self.is_tensor)
         except InvalidType as error:
             return f"the output cannot be kept per sample: {error}"
+        if tree.has_number():
+            return NUMBER_IN_OUTPUT
         shapes = [tuple(leaf.shape) for leaf in leaves]
         if not shapes or any(not shape or shape[0] != count for shape in shapes):
             return f"the output has no row per sample (for {count} samples its shapes are {shapes})"

@@ -52,6 +52,12 @@ class Tree:
             return self.kind(zip(self.names, values, strict=True))
         return self.kind(**dict(zip(self.names, values, strict=True)))
 
+    def has_number(self) -> bool:
+        """Whether one of its constants is a number, or yes or no."""
+        if self.kind is Constant:
+            return isinstance(self.names[0], bool | int | float | complex) and not isinstance(self.names[0], Enum)
+        return any(child.has_number() for child in self.children)
+
     def encode(self) -> bytes:
         """Bytes that differ for different shapes and constants."""
         if self.kind is None:

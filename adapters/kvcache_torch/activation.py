@@ -18,6 +18,7 @@ from kvcache_core.worth import Worth
 from kvcache_torch.context import autocast_mode
 from kvcache_torch.fingerprint import Fingerprint
 from kvcache_torch.portable import RowReader, export_row, module_identity
+from kvcache_torch.replay import with_replayed_gradient
 
 if TYPE_CHECKING:
     from kvcache_torch.cache import KVCache
@@ -130,12 +131,14 @@ class Site(ActivationSite):
         self, original: Callable[..., Any], args: Any, kwargs: Any, leaves: Sequence[Tensor]
     ) -> tuple[Any, str]:
         """Run the module; what it did besides computing is a reason not to keep the result."""
-        before = _random_states(leaves)
+        before, given = _random_states(leaves), self._contents(leaves)
         output = original(*args, **kwargs)
         if self._weights.quick_look():
             return output, "the module changed its own weights or buffers while it computed"
         if any(not torch.equal(one, two) for one, two in zip(before, _random_states(leaves), strict=True)):
             return output, "the module drew random numbers"
+        if not all(map(np.array_equal, given, self._contents(leaves))):
+            return output, "the module changed an input in place"
         held = {_storage(tensor) for tensor in (*leaves, *self._weights.tensors)}
         try:
             results = flatten(output, self.is_tensor)[0]
@@ -145,6 +148,20 @@ class Site(ActivationSite):
         if any(_storage(result) in held for result in results):
             return output, "the output shares memory with an input or a weight"
         return output, ""
+
+    def is_proven(self) -> bool:
+        """Whether one whole batch was seen to be computed cleanly, as the module computes now."""
+        return self.mode() in self._proven
+
+    def _contents(self, leaves: Sequence[Tensor]) -> list[Any]:
+        """What a write to an input changes: its version or, where inference mode keeps none, its bits.
+
+        The bits are compared only until the module was once seen to leave its inputs alone.
+        """
+        return [
+            (None if self.is_proven() else self.array(leaf).copy()) if leaf.is_inference() else leaf._version
+            for leaf in leaves
+        ]
 
 
 def call(cache: KVCache, site: Site, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -157,47 +174,27 @@ def call(cache: KVCache, site: Site, original: Callable[..., Any], args: Any, kw
     if reason is not None:
         cache.bypass(0, reason, warn="hashed" in reason)
         return original(*args, **kwargs)
-    if not site.trains():
-        result, served = cache.serve(site, original, args, kwargs)
-        return result if served or result is not None else original(*args, **kwargs)
-    with torch.no_grad():
+    trains = site.trains()
+    # What is not proven yet may change its inputs, or itself: it runs once, with its graph, whatever comes of it.
+    replayed = trains and site.is_proven()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not replayed):
         result, served = cache.serve(site, original, args, kwargs)
     if not served:
-        return original(*args, **kwargs)
-    return _with_gradient(site, lambda: original(*args, **kwargs), result)
+        return original(*args, **kwargs) if result is None or replayed else result
+    if not trains or any(leaf.requires_grad for leaf in flatten(result, site.is_tensor)[0]):
+        return result
+    return _with_gradient(site, lambda: original(*args, **kwargs), (args, kwargs), result)
 
 
-def _with_gradient(site: Site, forward: Callable[[], Any], result: Any) -> Any:
+def _with_gradient(site: Site, forward: Callable[[], Any], inputs: Any, result: Any) -> Any:
     """Let a served result take part in autograd: backward runs the module once more, as outside."""
     leaves, tree = flatten(result, site.is_tensor)
-    weights = [tensor for tensor in site.weights if tensor.requires_grad]
 
     def outputs() -> list[Tensor]:
         return flatten(forward(), site.is_tensor)[0]
 
-    return tree.rebuild(_Recomputed.apply(outputs, len(leaves), *leaves, *weights))
-
-
-class _Recomputed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, outputs: Callable[[], list[Tensor]], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The results as they are; what a gradient needs is kept."""
-        ctx.outputs, ctx.count = outputs, count
-        ctx.save_for_backward(*tensors[count:])
-        results = tuple(tensor.view_as(tensor) for tensor in tensors[:count])
-        ctx.mark_non_differentiable(*(result for result in results if not result.is_floating_point()))
-        return results
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
-        """Run the module again with gradients, and differentiate that."""
-        with torch.enable_grad():
-            outputs = ctx.outputs()
-        wanted = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
-        found = torch.autograd.grad(
-            [output for output, _ in wanted], ctx.saved_tensors, [grad for _, grad in wanted], allow_unused=True
-        )
-        return None, None, *[None] * ctx.count, *found
+    given = flatten(inputs, site.is_tensor)[0]
+    return tree.rebuild(with_replayed_gradient(outputs, site.module, given, leaves))
 
 
 def _random_states(leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -83,6 +83,9 @@ class Driver:
             return original(*args, **kwargs)
         if torch.compiler.is_compiling() or local.cache is not self.cache or local.stepping:
             return original(*args, **kwargs)
+        if torch._C._are_functorch_transforms_active():  # vmap, grad, jacrev: their tensors show no content
+            self.cache.bypass(0, "a transform of torch.func is active", warn=False)
+            return original(*args, **kwargs)
         more = self._extras(args, kwargs)
         local.extras = more
         try:

@@ -126,8 +126,12 @@ class Fingerprint:
 
     def _collect(self) -> None:
         """Find the tensors, and where each is held."""
-        self._held = [
+        self._held: list[Any] = [
             held for module in self.module.modules() for held in (module._modules, module._parameters, module._buffers)
+        ]
+        # A hook on a part may change what it computes.
+        self._held += [
+            hooks for module in self.module.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
         self._lengths = [len(held) for held in self._held]
         self._items = [item for held in self._held for item in held.values()]

@@ -138,7 +138,9 @@ class HFDriver(HFDecoder):
             raise Refused("the model counts columns, and there is padding before a row's tokens")
         hidden = Pass(self, past, columns, shifts, request.keep, self._source(arguments, len(shifts))).run()
         if wants_gradient(self.decoder):
-            hidden = with_gradient_of(lambda: self._without_cache(columns, shifts, request.keep), self.decoder, hidden)
+            hidden = with_gradient_of(
+                lambda: self._without_cache(columns, shifts, request.keep), self.decoder, (), hidden
+            )
         use_cache = arguments.get("use_cache")
         use_cache = self.decoder.config.use_cache if use_cache is None else use_cache
         output = self.output_type(last_hidden_state=hidden)

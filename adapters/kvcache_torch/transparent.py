@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.frontend import Call
+from kvcache_torch.replay import with_replayed_gradient
 from kvcache_torch.store import TensorStore
 
 __all__ = ["Rows", "assemble", "reason_to_bypass", "rows_of", "with_gradient_of", "with_recomputed_gradient"]
@@ -143,30 +144,14 @@ def with_recomputed_gradient(cache: Any, original: Callable[..., Any], x: Tensor
         output = rows.outside(original, x)
         return rows.last_of(output) if cache.outputs == "last" else output
 
-    return with_gradient_of(forward, cache.model, result)
+    return with_gradient_of(forward, cache.model, [x], result)
 
 
-def with_gradient_of(forward: Callable[[], Tensor], model: nn.Module, result: Tensor) -> Tensor:
-    """``result``, whose backward pass runs ``forward``, which computes the same without the cache."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    return _RecomputedGradient.apply(forward, result, *weights)  # type: ignore[no-any-return]
-
-
-class _RecomputedGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, forward: Callable[[], Tensor], result: Tensor, *weights: Tensor) -> Tensor:
-        """The results as they are; what a gradient needs is kept."""
-        ctx.recompute = forward
-        ctx.save_for_backward(*weights)
-        return result.view_as(result)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        """Run the module again with gradients, and differentiate that."""
-        with torch.enable_grad():
-            output = ctx.recompute()
-        grads = torch.autograd.grad(output, ctx.saved_tensors, grad, allow_unused=True)
-        return None, None, *grads
+def with_gradient_of(
+    forward: Callable[[], Tensor], model: nn.Module, inputs: Sequence[Tensor], result: Tensor
+) -> Tensor:
+    """``result``, whose backward pass runs ``forward``, which computes the same from ``inputs`` without the cache."""
+    return with_replayed_gradient(lambda: [forward()], model, inputs, [result])[0]
 
 
 def reason_to_bypass(model: nn.Module) -> str | None:

@@ -193,7 +193,7 @@ BUILDS = {
     "list": lambda a, b: [a, (b, None)],
     "dict": lambda a, b: {"a": a, "b": {"deep": b, "name": "x"}},
     "namedtuple": Pair,
-    "dataclass": lambda a, b: Record(a, "label", (b, 3)),
+    "dataclass": lambda a, b: Record(a, "label", (b, "x")),
 }
 
 
@@ -740,3 +740,151 @@ def test_compiling_an_attached_module_is_right_though_not_cached(model, cache):
         for _ in range(2):
             close(compiled(x), model.forward.original(x))
     torch._dynamo.reset()
+
+
+# ---- a call's circumstances ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_module_that_changes_its_input_is_never_served(context, gradients):
+    class Changes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.part(x.add_(1))
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Changes()
+
+        def forward(self, x):
+            x = x * 1
+            return self.block(x) + x
+
+    model = Whole().eval().requires_grad_(gradients)
+    x = torch.randn(5, 4)
+    with context():
+        expected = model(x)
+    cache = KVCache(64)
+    cache.attach(model.block)
+    with context(), cache:
+        with pytest.warns(KVCacheWarning, match="changed an input in place"):
+            close(model(x), expected)
+        close(model(x), expected)
+        close(model(x[:2]), expected[:2])
+    assert cache.stats().entries == 0 and cache.stats().bypassed_calls == 3
+
+
+@pytest.mark.parametrize("number", [3, 0.5, True])
+def test_a_number_in_the_output_is_no_result_of_a_sample(number):
+    cache = KVCache(64)
+    model = cache.attach(Structured(lambda a, b: (a, {"count": len(a), "other": number})))
+    with pytest.warns(KVCacheWarning, match="plain number"):
+        assert cached(cache, rows(0))[1] == {"count": 5, "other": number}
+    assert cached(cache, rows(0)[:2])[1] == {"count": 2, "other": number}
+    assert cache.stats().entries == 0 and model.rows == 7
+
+
+def gradients_of(model, x, **between):
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in between):
+        loss = model(x).float().pow(2).sum()
+    if "train" in between:
+        model.train()
+    loss.backward()
+    model.eval()
+    return [weight.grad.clone() for weight in model.parameters()]
+
+
+@pytest.mark.parametrize("between", ["autocast", "train"])
+def test_backward_runs_the_module_as_it_was_when_it_was_called(between):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)).eval()
+    expected = gradients_of(model, rows(0), **{between: True})
+    cache = KVCache(64)
+    cache.attach(model)
+    with cache:
+        for _ in range(2):
+            for found, wanted in zip(gradients_of(model, rows(0), **{between: True}), expected, strict=True):
+                assert torch.equal(found, wanted)
+    assert cache.stats().hit_entries == 5 and not model.training
+
+
+def test_gradients_of_gradients():
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh()).eval()
+
+    def second():
+        weights = list(model.parameters())
+        first = torch.autograd.grad(model(rows(0)).pow(2).sum(), weights, create_graph=True)
+        return torch.autograd.grad(sum(gradient.pow(2).sum() for gradient in first), weights)
+
+    expected, cache = second(), KVCache(64)
+    cache.attach(model)
+    with cache:
+        for _ in range(2):
+            for found, wanted in zip(second(), expected, strict=True):
+                close(found, wanted)
+    assert cache.stats().hit_entries == 5
+
+
+def test_gradients_of_complex_outputs():
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 3, dtype=torch.complex64))
+
+        def forward(self, x):
+            return x.to(torch.complex64) @ self.weight
+
+    model, cache = Complex().eval(), KVCache(64)
+    (expected,) = torch.autograd.grad(model(rows(0)).abs().sum(), [model.weight])
+    cache.attach(model)
+    with cache:
+        for _ in range(2):
+            (found,) = torch.autograd.grad(model(rows(0)).abs().sum(), [model.weight])
+            close(found, expected)
+
+
+def test_an_input_changed_before_backward_raises_as_it_does_in_pytorch():
+    model, cache = nn.Linear(6, 4).eval(), KVCache(64)
+    cache.attach(model)
+    x = rows(0)
+    with cache:
+        model(x)
+        loss = model(x).sum()
+    x.mul_(2)
+    with pytest.raises(UsageError, match="changed in place"):
+        loss.backward()
+
+
+def test_transforms_of_torch_func_are_computed_as_outside():
+    model, cache, x = nn.Linear(6, 4).eval(), KVCache(64), rows(0)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def loss(given):
+        return torch.func.functional_call(model, given, (x,)).pow(2).sum()
+
+    expected = torch.vmap(model)(x), torch.func.grad(loss)(weights)["weight"], torch.func.jacrev(model)(x)
+    cache.attach(model)
+    with cache:
+        with torch.no_grad():
+            model(x)
+        found = torch.vmap(model)(x), torch.func.grad(loss)(weights)["weight"], torch.func.jacrev(model)(x)
+    for one, other in zip(found, expected, strict=True):
+        close(one, other)
+    assert cache.stats().bypass_reasons == {"a transform of torch.func is active": 3}
+
+
+def test_a_hook_on_a_part_changes_what_is_found():
+    model, cache = nn.Sequential(nn.Linear(6, 4), nn.ReLU()).eval(), KVCache(64)
+    cache.attach(model)
+    x = rows(0)
+    cached(cache, x)
+    handle = model[0].register_forward_hook(lambda module, args, output: output * 2)
+    close(cached(cache, x), plain(cache, x))
+    handle.remove()
+    close(cached(cache, x), plain(cache, x))
