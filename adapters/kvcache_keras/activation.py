@@ -22,7 +22,8 @@ from kvcache_core.tree import Tree, flatten
 from kvcache_core.worth import Worth
 from kvcache_keras.context import local, not_recording, recording
 from kvcache_keras.fingerprint import Fingerprint
-from kvcache_keras.graphactivation import call_in_graph
+from kvcache_keras.graphactivation import ADDED_LOSS, call_in_graph
+from kvcache_keras.masks import MASKS, carrying, masks_of, unwrapped
 from kvcache_keras.portable import export_row, layer_identity, restore_row
 
 if TYPE_CHECKING:
@@ -136,6 +137,8 @@ class Site(ActivationSite):
         layers = self.module._flatten_layers()
         if any(layer._seed_generators and (training or not _is_kerass_own(layer)) for layer in layers):
             return "the module draws random numbers"
+        if any(getattr(layer, "stateful", False) for layer in layers):
+            return "a layer keeps a state from call to call"
         return None
 
     def compute(
@@ -152,6 +155,8 @@ class Site(ActivationSite):
             for one, two in zip(before, self.module.non_trainable_variables, strict=False)
         ):
             return output, "the module changed its own weights while it computed"
+        if any(layer._losses for layer in self.module._flatten_layers()):
+            return output, ADDED_LOSS
         return output, ""
 
     # ---- a graph's host calls -----------------------------------------------------------------
@@ -263,11 +268,16 @@ def call(cache: KVCache, site: Site, original: Callable[..., Any], args: Any, kw
     if reason is not None:
         cache.bypass(0, reason, warn=False)
         return original(*args, **kwargs)
+    run = carrying(original, site.is_tensor)
+    given = kwargs
+    if masks := masks_of(leaves):
+        given = {**kwargs, MASKS: masks}
+        leaves, tree = flatten((args, given), site.is_tensor)
     if tf.executing_eagerly():
-        result, served = cache.serve(site, original, args, kwargs)
-        return result if served or result is not None else original(*args, **kwargs)
+        result, served = cache.serve(site, run, args, given)
+        return unwrapped(result, site.is_tensor) if served or result is not None else original(*args, **kwargs)
     try:
-        return call_in_graph(site, original, leaves, tree)
+        return unwrapped(call_in_graph(site, run, leaves, tree), site.is_tensor)
     except Bypassed as bypassed:
         cache.bypass(0, bypassed.reason, warn=not bypassed.expected)
         return original(*args, **kwargs)

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from kvcache_core.activation import Bypassed
+from kvcache_core.activation import NUMBER_IN_OUTPUT, Bypassed
 from kvcache_core.tree import Tree, flatten
 from kvcache_keras.context import not_recording
 
 if TYPE_CHECKING:
     from kvcache_keras.activation import Site
 
-__all__ = ["call_in_graph"]
+__all__ = ["ADDED_LOSS", "call_in_graph"]
+
+ADDED_LOSS = "the module added a loss, by add_loss or an activity regularizer"
 
 _Tensor = Any
 
@@ -44,6 +46,7 @@ def _looked_up_or_computed(
 ) -> tuple[list[_Tensor], Tree, list[tf.TensorShape]]:
     """The result's tensors, its structure, and the tensors' shapes as far as the module says them."""
     found: list[Any] = []
+    losses = [(layer, len(layer._losses)) for layer in site.module._flatten_layers()]
 
     def compute(number: _Tensor, rows: _Tensor) -> list[_Tensor]:
         some = [tf.gather(leaf, rows) if mine else leaf for leaf, mine in zip(leaves, split, strict=True)]
@@ -51,6 +54,12 @@ def _looked_up_or_computed(
             part.set_shape([None if leaf is not part else part.shape[0], *leaf.shape[1:]] if leaf.shape.rank else [])
         args, kwargs = tree.rebuild(some)
         outputs, shape = flatten(original(*args, **kwargs), site.is_tensor)
+        if any(len(layer._losses) > before for layer, before in losses):
+            for layer, before in losses:
+                del layer._losses[before:]  # tensors of this graph, which nobody outside can use
+            raise Bypassed(ADDED_LOSS)
+        if shape.has_number():
+            raise Bypassed(NUMBER_IN_OUTPUT)
         if not outputs or any(not output.shape.rank for output in outputs):
             raise Bypassed(f"the output has no row per sample (its shapes are {[o.shape for o in outputs]})")
         found[:] = [shape, [output.dtype for output in outputs], [output.shape for output in outputs]]

@@ -220,3 +220,115 @@ def test_a_ragged_nest_is_an_input_like_any_other(how):
         for last in (3, 3, 4):
             np.testing.assert_array_equal(run(x, nest(last)), x * 2)
     assert (cache.stats().miss_entries, cache.stats().hit_entries) == (10, 5)
+
+
+# ---- what a layer hands on besides its output ------------------------------------------------------------------------
+
+
+IDS = np.array([[1, 2, 3, 0, 0, 0], [4, 5, 0, 0, 0, 0], [6, 7, 8, 9, 1, 2]], "int32")
+
+
+def embedding():
+    return layers.Embedding(10, 4, mask_zero=True, embeddings_initializer=keras.initializers.RandomNormal(seed=1))
+
+
+@HOW
+def test_a_mask_that_the_module_makes_reaches_what_comes_behind(how):
+    trunk = keras.Sequential([keras.Input((6,), dtype="int32"), embedding(), layers.Dense(4)])
+    head = layers.GlobalAveragePooling1D()
+
+    def whole(ids):
+        return head(trunk(ids))
+
+    expected, cache = whole(IDS), KVCache(64)
+    cache.attach(trunk, kind="activation")
+    run = whole if how == "eager" else tf.function(whole, input_signature=[tf.TensorSpec([None, 6], tf.int32)])
+    with cache:
+        for batch in ([0, 1], [0, 1], [2, 1, 0], [0, 1, 2]):
+            np.testing.assert_allclose(run(tf.constant(IDS[batch])), tf.gather(expected, batch), rtol=1e-5)
+    assert (cache.stats().hit_entries, cache.stats().miss_entries) == (7, 3)
+
+
+@HOW
+def test_a_mask_that_an_input_carries_is_one_of_the_inputs(how):
+    class Inside(layers.Layer):
+        """Takes no mask: the layer inside finds it on the tensor."""
+
+        def __init__(self):
+            super().__init__()
+            self.pool = layers.GlobalAveragePooling1D()
+
+        def call(self, x):
+            return self.pool(x)
+
+    part, embed = Inside(), embedding()
+    cache = KVCache(64)
+    cache.attach(part, kind="activation")
+    x = embed(IDS)
+    run = part.call if how == "eager" else tf.function(lambda ids: part.call(embed(ids)))
+    given = [[0, 1], [2, 1], [0, 1, 2]]
+    expected = part.pool(x)
+    unmasked = keras.ops.mean(x, axis=1)
+    with cache:
+        for batch in given:
+            ids = tf.constant(IDS[batch])
+            found = run(embed(ids) if how == "eager" else ids)
+            np.testing.assert_allclose(found, tf.gather(expected, batch), rtol=1e-5)
+        np.testing.assert_allclose(part.call(tf.constant(np.asarray(x))), unmasked, rtol=1e-5)
+    assert cache.stats().hit_entries == 4
+
+
+@HOW
+def test_a_layer_that_keeps_a_state_is_computed_each_time(how):
+    model = keras.Sequential([keras.Input((5, 3), batch_size=2), layers.LSTM(4, stateful=True)])
+    parts = np.random.default_rng(0).standard_normal((2, 2, 5, 3)).astype("float32")
+
+    def outputs(run):
+        model.layers[0].reset_states()
+        return [np.asarray(run(tf.constant(parts[at]))) for at in (0, 1, 0)]
+
+    expected, cache = outputs(model), KVCache(64)
+    cache.attach(model, kind="activation")
+    run = model if how == "eager" else tf.function(model.__call__)
+    with cache:
+        for _ in range(2):
+            np.testing.assert_allclose(outputs(run), expected, rtol=1e-5, atol=1e-6)
+    assert reasons(cache) == ["a layer keeps a state from call to call"] and not cache.stats().hit_entries
+
+
+class Penalty(layers.Layer):
+    def call(self, x):
+        self.add_loss(keras.ops.mean(keras.ops.square(x)))
+        return x * 2
+
+
+@pytest.mark.parametrize("kind", ["add_loss", "activity_regularizer"])
+@HOW
+def test_a_loss_that_the_module_adds_is_not_lost(kind, how):
+    inner = Penalty() if kind == "add_loss" else layers.Dense(4, activity_regularizer="l2")
+    trunk = keras.Sequential([keras.Input((6,)), inner])
+    trunk.trainable = False
+    model = keras.Sequential([keras.Input((6,)), trunk, layers.Dense(1)])
+    x, y = rows(0, 8), np.ones((8, 1), "float32")
+    model.compile("sgd", "mse", run_eagerly=how == "eager")
+    expected, cache = model.evaluate(x, y, batch_size=4, verbose=0), KVCache(64)
+    cache.attach(trunk, kind="activation")
+    model.compile("sgd", "mse", run_eagerly=how == "eager", jit_compile=False)
+    with pytest.warns(KVCacheWarning, match="added a loss"), cache:
+        found = [model.evaluate(x, y, batch_size=4, verbose=0) for _ in range(2)]
+    np.testing.assert_allclose(found, [expected] * 2, rtol=1e-5)
+    assert cache.stats().entries == 0
+
+
+@HOW
+def test_a_number_in_the_output_is_no_result_of_a_sample(how):
+    class Numbered(layers.Layer):
+        def call(self, x):
+            return {"twice": x * 2, "number": 3}
+
+    model, cache = Numbered(), KVCache(64)
+    cache.attach(model, kind="activation")
+    run = model.call if how == "eager" else tf.function(lambda x: model.call(x)["twice"])
+    with cache, pytest.warns(KVCacheWarning, match="plain number"):
+        run(tf.constant(rows(0)))
+    assert cache.stats().entries == 0 and cache.stats().bypassed_calls == 1
