@@ -92,6 +92,7 @@ class Fingerprint:
     def park(self) -> Parked:
         """The state without holding the module or its memory."""
         seen = self._files if self._sample is None else self._files + self._sample.digest()
+        seen += repr([list(hooks) for hooks in self._hooks if hooks]).encode()  # PyTorch never gives a number twice
         references = [weakref.ref(tensor) for tensor in self._tensors]
         return Parked(self._value, references, self._places, self._versions, seen + self._switches.first)
 
@@ -130,9 +131,10 @@ class Fingerprint:
             held for module in self.module.modules() for held in (module._modules, module._parameters, module._buffers)
         ]
         # A hook on a part may change what it computes.
-        self._held += [
+        self._hooks = [
             hooks for module in self.module.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
+        self._held += self._hooks
         self._lengths = [len(held) for held in self._held]
         self._items = [item for held in self._held for item in held.values()]
         self._parameters = list(self.module.parameters())

@@ -334,6 +334,21 @@ def test_detached_and_attached_again_the_state_is_known_unless_it_changed():
 # ---- switched, with the same weights ---------------------------------------------------------------------------------
 
 
+def test_a_hook_put_on_a_part_while_the_model_is_detached():
+    model, cache = Small().eval(), KVCache(64)
+    cache.attach(model)
+    ids = torch.tensor([prompt(40)])
+    with torch.no_grad(), cache:
+        model(ids)
+    cache.detach()
+    model.blocks[0].register_forward_hook(lambda module, args, output: output * 1.5)
+    with torch.no_grad():
+        expected = model(ids)
+    cache.attach(model)
+    with torch.no_grad(), cache:
+        torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_switched_adapter_and_what_was_computed_with_each():
     model = Trunk().eval()
     for name, seed in (("a", 3), ("b", 4)):
