@@ -63,8 +63,11 @@ class Fingerprint:
         return any(tensor.requires_grad for tensor in self._parameters)
 
     def mode(self) -> bytes:
-        """What the modules are switched to, besides their weights; empty if to what they were first."""
-        return b"" if self.verify == "never" else self._switches.mode()
+        """What the modules are switched to, and hooked, besides their weights; empty if as they were first."""
+        if self.verify == "never":
+            return b""
+        hooked = self._hooked()
+        return self._switches.mode() + (b"" if hooked == self._first_hooks else repr(hooked).encode())
 
     def look(self) -> bool:
         """Whether anything changed since the last look."""
@@ -92,7 +95,7 @@ class Fingerprint:
     def park(self) -> Parked:
         """The state without holding the module or its memory."""
         seen = self._files if self._sample is None else self._files + self._sample.digest()
-        seen += repr([list(hooks) for hooks in self._hooks if hooks]).encode()  # PyTorch never gives a number twice
+        seen += repr(self._hooked()).encode()
         references = [weakref.ref(tensor) for tensor in self._tensors]
         return Parked(self._value, references, self._places, self._versions, seen + self._switches.first)
 
@@ -127,14 +130,13 @@ class Fingerprint:
 
     def _collect(self) -> None:
         """Find the tensors, and where each is held."""
-        self._held: list[Any] = [
+        self._held = [
             held for module in self.module.modules() for held in (module._modules, module._parameters, module._buffers)
         ]
-        # A hook on a part may change what it computes.
         self._hooks = [
             hooks for module in self.module.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
-        self._held += self._hooks
+        self._first_hooks = self._hooked()
         self._lengths = [len(held) for held in self._held]
         self._items = [item for held in self._held for item in held.values()]
         self._parameters = list(self.module.parameters())
@@ -148,6 +150,10 @@ class Fingerprint:
         others = (module for module in self.module.modules() if not type(module).__module__.startswith("torch."))
         self._switches = Switches(map(vars, others), _OF_EVERY_MODULE)
         self._renumber()
+
+    def _hooked(self) -> list[list[int]]:
+        """The numbers of the hooks on parts, which may change what they compute; PyTorch never gives one twice."""
+        return [list(hooks) for hooks in self._hooks if hooks]
 
     def _new_sample(self) -> Any:
         here = [tensor for tensor in self._tensors if tensor.device.type == "cpu" and tensor.numel()]

@@ -21,6 +21,7 @@ from kvcache_torch.fingerprint import SOURCE
 __all__ = ["ParameterCache", "persistent", "values_of"]
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_LISTS = (nn.ParameterList, nn.ParameterDict)
 _WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 """Modules that compute with weights of modules inside them without calling those."""
 
@@ -87,8 +88,8 @@ class ParameterCache(ParameterFrontend):
             for parameter in model.parameters()
         }
         units = []
-        for name, module, inside in _with_weights(model, self._whole):
-            own = {id(parameter): None for parameter in module.parameters(recurse=inside)}
+        for name, module, weights in _with_weights(model, self._whole):
+            own = {id(parameter): None for parameter in weights}
             units.append(ModelUnit(name, module, tuple(tensors[key] for key in own)))
         return units
 
@@ -220,17 +221,21 @@ def _bits(tensor: Tensor) -> np.ndarray[Any, Any]:
     return tensor.detach().cpu().contiguous().view(_BITS[tensor.element_size()]).numpy()
 
 
-def _with_weights(model: nn.Module, whole: tuple[type, ...]) -> Iterator[tuple[str, nn.Module, bool]]:
-    """(name, module, whether with all modules inside it) of those that have weights."""
+def _with_weights(model: nn.Module, whole: tuple[type, ...]) -> Iterator[tuple[str, nn.Module, list[nn.Parameter]]]:
+    """(name, module, weights that it needs when it runs) of those that have weights."""
     covered: set[int] = set()
     for name, module in model.named_modules():
         if id(module) in covered:
             continue
-        inside = isinstance(module, whole)
-        if inside:
+        if isinstance(module, whole):
             covered |= {id(part) for part in module.modules()}
-        if next(module.parameters(recurse=inside), None) is not None:
-            yield name, module, inside
+            weights = list(module.parameters())
+        else:  # lists of weights are modules, too, which nobody calls
+            lists = [part for part in module.children() if isinstance(part, _LISTS)]
+            covered |= {id(part) for part in lists}
+            weights = [weight for part in (module, *lists) for weight in part.parameters(recurse=part is not module)]
+        if weights:
+            yield name, module, weights
 
 
 def _refuse_state_dict(*_: Any) -> None:

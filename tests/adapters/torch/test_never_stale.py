@@ -337,7 +337,7 @@ def test_detached_and_attached_again_the_state_is_known_unless_it_changed():
 def test_a_hook_put_on_a_part_while_the_model_is_detached():
     model, cache = Small().eval(), KVCache(64)
     cache.attach(model)
-    ids = torch.tensor([prompt(40)])
+    ids = torch.tensor([prompt(0, 40)])
     with torch.no_grad(), cache:
         model(ids)
     cache.detach()

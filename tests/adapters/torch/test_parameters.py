@@ -112,6 +112,26 @@ def test_modules_that_do_not_call_their_parts(path):
     assert parameters.stats().evicted > 0
 
 
+def test_lists_of_weights_belong_to_the_module_that_has_them(path):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scales = nn.ParameterList([nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))])
+            self.named = nn.ParameterDict({"shift": nn.Parameter(torch.randn(4))})
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.inner(x * self.scales[0] + self.named["shift"]) * self.scales[1]
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Layer(), Layer(), Layer()).eval(), torch.randn(2, 4)
+    expected = run(model, x)
+    ParameterCache.save(model, path)
+    parameters = ParameterCache(path, memory=4 * (3 * 4 + 20))
+    assert torch.equal(run(parameters.attach(model), x), expected)
+    assert parameters.stats().evicted > 0
+
+
 def test_several_files_and_other_names(path, tmp_path):
     model = nested()
     x = torch.randn(3, 8)
