@@ -56,10 +56,10 @@ def silu(x: Tensor) -> Tensor:
     return x / (1 + ops.exp(-x))
 
 
-def rotary(pos: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def rotary(pos: Tensor, frequencies: Tensor, dtype: Any) -> tuple[Tensor, Tensor]:
     """Cosine and signed sine of every angle at positions [B or 1, T]: both [B or 1, T, 1, D]."""
     angles = ops.cast(pos[:, :, None, None], "float32") * frequencies
-    cos, sin = ops.cos(angles), ops.sin(angles)
+    cos, sin = ops.cast(ops.cos(angles), dtype), ops.cast(ops.sin(angles), dtype)
     return ops.concatenate((cos, cos), -1), ops.concatenate((-sin, sin), -1)
 
 
@@ -116,8 +116,8 @@ class Llama(keras.Model):
 
     def call(self, x: Tensor) -> Tensor:
         length, size = ops.shape(x)[1], self.config.hidden_size
-        cos, sin = rotary(positions(length), self.config.frequencies)
         h = ops.reshape(embed(x, self.embed), (-1, size))
+        cos, sin = rotary(positions(length), self.config.frequencies, h.dtype)
         for block in self.blocks:
             h = block(h, cos, sin, length=length)
         h = ops.reshape(h, (-1, length, size))

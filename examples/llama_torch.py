@@ -29,10 +29,10 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, scale.shape, scale, eps)
 
 
-def rotary(pos: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def rotary(pos: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and signed sine of every angle at positions [B or 1, T]: both [B or 1, 1, T, D]."""
     angles = pos[:, None, :, None].float() * frequencies
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
@@ -90,8 +90,8 @@ class Llama(nn.Module):
         self.register_buffer("frequencies", torch.from_numpy(config.frequencies), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        cos, sin = rotary(positions(x.shape[1], device=x.device), self.frequencies)
         h = self.embed(x)
+        cos, sin = rotary(positions(x.shape[1], device=x.device), self.frequencies, h.dtype)
         for block in self.blocks:
             h = block(h, cos, sin)
         h = rms_norm(select_outputs(h), self.norm, self.config.norm_eps)  # a prefill needs each row's last token only
