@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import index
 
 import numpy as np
 
-from kvcache_core.errors import InvalidInput
+from kvcache_core.errors import InvalidInput, InvalidType
 from kvcache_core.sampling import Sampling
 from kvcache_core.speculation import Speculation
 from kvcache_core.stepping import PREFILL_CHUNK, check_chunk
@@ -49,6 +50,7 @@ class GenerateOptions:
         else:
             _check_count("max_new_tokens", self.max_new_tokens)
         check_chunk(self.prefill_chunk)
+        _ = self.eos_ids  # raises for what is no token id
         if self.num_beams > 1 and self.sampling.temperature:
             raise InvalidInput("beam search takes no temperature: set temperature=0 or num_beams=1")
         if self.n > 1 and 1 < self.num_beams < self.n:
@@ -61,7 +63,10 @@ class GenerateOptions:
         """The tokens that end a row."""
         if self.eos_id is None:
             return frozenset()
-        return frozenset([self.eos_id] if isinstance(self.eos_id, (int, np.integer)) else self.eos_id)
+        try:  # of a tensor's or array's elements too: they would be equal to no token
+            return frozenset(map(index, [self.eos_id] if isinstance(self.eos_id, (int, np.integer)) else self.eos_id))
+        except TypeError:
+            raise InvalidType(f"eos_id must be a token id or a list of token ids, got {self.eos_id!r}") from None
 
     @property
     def speculation(self) -> Speculation | None:

@@ -34,9 +34,9 @@ def check_chunk(chunk: int | None) -> int | None:
 
 
 def check_count(count: int) -> None:
-    """Raise InvalidInput unless at least one token is wanted."""
-    if count < 1:
-        raise InvalidInput(f"count is the number of greedy tokens wanted, at least 1; got {count!r}")
+    """Raise InvalidInput unless it is a whole number of tokens, at least 1."""
+    if not isinstance(count, (int, np.integer)) or count < 1:
+        raise InvalidInput(f"count must be a whole number of greedy tokens, at least 1; got {count!r}")
 
 
 class Stepping(ABC):
@@ -224,7 +224,7 @@ class Stepping(ABC):
 
         Raises:
             CacheFull: no room for the first step. Without room for a later one, n is smaller.
-            InvalidInput: ``count`` is less than 1.
+            InvalidInput: ``count`` is no whole number or less than 1.
             An error of the model in a later step leaves every row as it was before that step.
         """
         check_count(count)

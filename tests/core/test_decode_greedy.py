@@ -65,8 +65,8 @@ def test_without_room_for_all_steps_there_are_fewer_and_nothing_is_lost():
     assert seq.length == 8
 
 
-@pytest.mark.parametrize("count", [0, -3])
-def test_no_tokens_wanted_is_refused(count):
+@pytest.mark.parametrize("count", [0, -3, 2.5, "2"])
+def test_a_count_that_is_none_is_refused(count):
     cache = Chain(2)
     seq = cache.core.open([1, 2, 3])
     with pytest.raises(InvalidInput, match="at least 1"):

@@ -349,6 +349,9 @@ def test_continuations_that_do_not_fit_are_named(model):
         ({"temperature": -1.0}, "temperature must be"),
         ({"temperature": float("nan")}, "temperature must be"),
         ({"top_k": 0}, "top_k must be"),
+        ({"eos_id": "</s>"}, "eos_id must be"),
+        ({"eos_id": [1, None]}, "eos_id must be"),
+        ({"eos_id": 1.0}, "eos_id must be"),
         ({"top_p": 0.0}, "top_p must be"),
         ({"top_p": 1.1}, "top_p must be"),
         ({"num_beams": 2, "temperature": 1.0}, "takes no temperature"),
@@ -363,4 +366,6 @@ def test_bad_options(model, cache, options, message):
 
 def test_options_are_a_value():
     assert GenerateOptions(3, eos_id=[1, 2]).eos_ids == {1, 2}
+    assert GenerateOptions(3, eos_id=torch.tensor([1, 2])).eos_ids == {1, 2}
+    assert GenerateOptions(3, eos_id=np.int64(1)).eos_ids == {1}
     assert GenerateOptions(3).eos_ids == frozenset()
