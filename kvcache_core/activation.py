@@ -69,6 +69,7 @@ class ActivationSite(ABC):
         self.worth = worth
         self._refusals: dict[bytes, str] = {}
         self._proven: dict[bytes, Tree] = {}
+        self._proven_by_several: set[bytes] = set()
 
     # ---- what an adapter supplies --------------------------------------------------------------
 
@@ -130,14 +131,16 @@ class ActivationSite(ABC):
         mode = self.mode()
         samples = self._samples(args, kwargs, mode)
         lookup = self.entries.look_up(samples.keys, self.form(self._proven.get(mode)))
-        if not lookup.compute:
+        # Until one whole batch was seen to be computed cleanly, nothing is left out of it. One sample alone does not
+        # show whether an output's first dimension is the batch's.
+        trusted = mode in self._proven if samples.count == 1 else mode in self._proven_by_several
+        if not lookup.compute and (trusted or samples.count == 1):
             result = self._assemble(lookup, ())
             self.worth.called(samples.count, 0.0, time.perf_counter() - start)
             if self.worth.wants_measure:
                 self._measure(original, args, kwargs, samples)
             return result
-        # Until one whole batch was seen to be computed cleanly, nothing is left out of it.
-        whole = mode not in self._proven or len(lookup.compute) == samples.count
+        whole = not trusted or len(lookup.compute) == samples.count
         rows = range(samples.count) if whole else lookup.compute
         leaves = samples.leaves if whole else samples.subset(self.take, lookup.compute)
         args, kwargs = samples.tree.rebuild(leaves)
@@ -149,10 +152,12 @@ class ActivationSite(ABC):
             self._refusals[mode] = payloads
             raise Bypassed(payloads, output if whole else None)
         self._proven[mode] = payloads[0][0]
+        if len(payloads) > 1:
+            self._proven_by_several.add(mode)
         if whole:
             payloads = [payloads[sample] for sample in lookup.compute]
         sizes = [size for _, _, size in payloads]
-        self.entries.keep(lookup, [payload[:2] for payload in payloads], sizes, self.form(payloads[0][0]))
+        self.entries.keep(lookup, [payload[:2] for payload in payloads], sizes, self.form(self._proven[mode]))
         result = output if whole else self._assemble(lookup, payloads)
         spent = before - start + time.perf_counter() - after
         if whole:  # such a call saves nothing

@@ -44,6 +44,11 @@ class AttachedForward:
         else:
             delattr(module, cls.name)
 
+    @property
+    def __code__(self) -> Any:
+        """Where ``torch.export`` looks for the names of the arguments."""
+        return self.original.__code__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module does when it is called."""
         return self.enter(self.original, args, kwargs)

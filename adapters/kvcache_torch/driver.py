@@ -81,7 +81,8 @@ class Driver:
             worth.skip -= 1
             worth.skipped += 1
             return original(*args, **kwargs)
-        if torch.compiler.is_compiling() or local.cache is not self.cache or local.stepping:
+        compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if compiling or local.cache is not self.cache or local.stepping:
             return original(*args, **kwargs)
         if torch._C._are_functorch_transforms_active():  # vmap, grad, jacrev: their tensors show no content
             self.cache.bypass(0, "a transform of torch.func is active", warn=False)

@@ -119,13 +119,13 @@ class Fingerprint:
         self._value = self._digest() if self.verify == "full" else next(_numbers).to_bytes(16, "little")
 
     def _digest(self) -> bytes:
-        return digest_of([_memory(tensor.cpu()) for tensor in self._tensors])
+        return digest_of([_memory(tensor.cpu()) for tensor in self._stored])
 
     def _same_tensors(self) -> bool:
         return (
             [len(held) for held in self._held] == self._lengths
             and all(map(is_, (item for held in self._held if held for item in held.values()), self._items))
-            and [tensor.data_ptr() for tensor in self._tensors] == self._places
+            and [tensor.data_ptr() for tensor in self._stored] == self._places
         )
 
     def _collect(self) -> None:
@@ -143,7 +143,8 @@ class Fingerprint:
         found = [(tensor, source_of(tensor)) for tensor in (*self._parameters, *self.module.buffers())]
         self._tensors = [tensor for tensor, source in found if source is None]
         self._files = b"".join(source.identity for _, source in found if source is not None)
-        self._places = [tensor.data_ptr() for tensor in self._tensors]
+        self._stored = list(map(_elements, self._tensors))
+        self._places = [tensor.data_ptr() for tensor in self._stored]
         self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._counted]
         self._sample = self._new_sample() if self.verify == "sample" else None
@@ -156,8 +157,8 @@ class Fingerprint:
         return [list(hooks) for hooks in self._hooks if hooks]
 
     def _new_sample(self) -> Any:
-        here = [tensor for tensor in self._tensors if tensor.device.type == "cpu" and tensor.numel()]
-        away = [tensor for tensor in self._tensors if tensor.device.type not in ("cpu", "meta") and tensor.numel()]
+        here = [tensor for tensor in self._stored if tensor.device.type == "cpu" and tensor.numel()]
+        away = [tensor for tensor in self._stored if tensor.device.type not in ("cpu", "meta") and tensor.numel()]
         samples: list[Any] = [_DeviceSample(away)] if away else []
         if here:
             rows = [tensor.shape[-1] if tensor.dim() > 1 else 1 for tensor in here]
@@ -229,6 +230,13 @@ class _DeviceSample:
 def source_of(tensor: Tensor) -> Source | None:
     """Where a weight is read from that is not always in memory; None for an ordinary one."""
     return getattr(tensor, SOURCE, None)
+
+
+def _elements(tensor: Tensor) -> Tensor:
+    """The dense tensor that holds a sparse one's elements; any other one itself."""
+    if tensor.layout is torch.strided:
+        return tensor
+    return tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -888,3 +888,69 @@ def test_a_hook_on_a_part_changes_what_is_found():
     close(cached(cache, x), plain(cache, x))
     handle.remove()
     close(cached(cache, x), plain(cache, x))
+
+
+def test_one_sample_does_not_show_which_dimension_is_the_batchs():
+    """The state of an LSTM is [layers, B, H]: of one layer and one sample it looks like a row per sample."""
+    model, cache = nn.LSTM(4, 5, batch_first=True).eval(), KVCache(64)
+    x = torch.randn(3, 6, 4)
+    cache.attach(model)
+    with torch.no_grad():
+        expected = model(x)
+        with cache:
+            for at in range(3):
+                model(x[at : at + 1])
+            with pytest.warns(KVCacheWarning, match="no row per sample"):
+                found = model(x)
+    close(found[0], expected[0])
+    for one, other in zip(found[1], expected[1], strict=True):
+        close(one, other)
+
+
+def test_single_samples_are_served_and_then_batches_of_them(model, cache):
+    x = rows(0)
+    expected = plain(cache, x)
+    for _ in range(2):
+        for at in range(5):
+            close(cached(cache, x[at : at + 1]), expected[at : at + 1])
+    assert cache.stats().hit_entries == 5
+    for _ in range(2):  # the first shows that a batch gives a row per sample
+        close(cached(cache, x), expected)
+    assert model.rows == 5 + 5 + 5, "computed plainly, one by one, and once as a batch"
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_a_sparse_buffer_is_one_of_the_weights(layout):
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            dense = torch.eye(4)
+            self.register_buffer("links", dense.to_sparse() if layout is torch.sparse_coo else dense.to_sparse_csr())
+
+        def forward(self, x):
+            return (self.links @ x.mT).mT
+
+    model, cache, x = Graph(), KVCache(64), torch.randn(3, 4)
+    cache.attach(model)
+    for factor in (1, 2, 6):
+        close(cached(cache, x), x * factor)
+        close(cached(cache, x), x * factor)
+        values = model.links._values() if layout is torch.sparse_coo else model.links.values()
+        if factor == 1:
+            values.mul_(2)
+        else:
+            values.data.mul_(3)
+    assert cache.stats().hit_entries == 9
+
+
+def test_an_attached_module_is_exported_and_traced_as_the_plain_one():
+    model, cache, x, other = nn.Sequential(nn.Linear(6, 4), nn.ReLU()).eval(), KVCache(64), rows(0), rows(1)
+    cache.attach(model)
+    expected = plain(cache, other)
+    cached(cache, x)
+    with torch.no_grad(), cache:
+        exported = torch.export.export(model, (x,)).module()
+        traced = torch.jit.trace(model, x, check_trace=False)
+    close(exported(other), expected)
+    close(traced(other), expected)
