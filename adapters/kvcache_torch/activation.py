@@ -131,13 +131,15 @@ class Site(ActivationSite):
         self, original: Callable[..., Any], args: Any, kwargs: Any, leaves: Sequence[Tensor]
     ) -> tuple[Any, str]:
         """Run the module; what it did besides computing is a reason not to keep the result."""
-        before, given = _random_states(leaves), self._contents(leaves)
+        # Decided once: another thread may prove the module meanwhile.
+        compares = not self.is_proven()
+        before, given = _random_states(leaves), self._contents(leaves, compares)
         output = original(*args, **kwargs)
         if self._weights.quick_look():
             return output, "the module changed its own weights or buffers while it computed"
         if any(not torch.equal(one, two) for one, two in zip(before, _random_states(leaves), strict=True)):
             return output, "the module drew random numbers"
-        if not all(map(np.array_equal, given, self._contents(leaves))):
+        if not all(map(np.array_equal, given, self._contents(leaves, compares))):
             return output, "the module changed an input in place"
         held = {_storage(tensor) for tensor in (*leaves, *self._weights.tensors)}
         try:
@@ -153,14 +155,14 @@ class Site(ActivationSite):
         """Whether one whole batch was seen to be computed cleanly, as the module computes now."""
         return self.mode() in self._proven
 
-    def _contents(self, leaves: Sequence[Tensor]) -> list[Any]:
+    def _contents(self, leaves: Sequence[Tensor], compares: bool) -> list[Any]:
         """What a write to an input changes: its version or, where inference mode keeps none, its bits.
 
-        The bits are compared only until the module was once seen to leave its inputs alone.
+        Args:
+            compares: whether bits are compared, too: only until the module was once seen to leave its inputs alone.
         """
         return [
-            (None if self.is_proven() else self.array(leaf).copy()) if leaf.is_inference() else leaf._version
-            for leaf in leaves
+            (self.array(leaf).copy() if compares else None) if leaf.is_inference() else leaf._version for leaf in leaves
         ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -777,6 +778,34 @@ def test_a_module_that_changes_its_input_is_never_served(context, gradients):
         close(model(x), expected)
         close(model(x[:2]), expected[:2])
     assert cache.stats().entries == 0 and cache.stats().bypassed_calls == 3
+
+
+@torch.inference_mode()
+def test_a_module_that_another_thread_proves_meanwhile_is_no_one_that_changes_its_input():
+    """Under inference mode no version tells, and the bits are compared only until a first call has shown that."""
+    others = [torch.randn(3, 4)]
+
+    class Waits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Linear(4, 4)
+
+        def forward(self, x):
+            if others:
+                with ThreadPoolExecutor(1) as pool:
+                    pool.submit(call, others.pop()).result()
+            return self.part(x)
+
+    @torch.inference_mode()
+    def call(x):
+        with cache:
+            return model(x)
+
+    model, cache, x = Waits().eval(), KVCache(64), torch.randn(5, 4)
+    cache.attach(model)
+    close(call(x), model.part(x))
+    close(call(x), model.part(x))
+    assert cache.stats().hit_entries == 5 and not cache.stats().bypassed_calls
 
 
 @pytest.mark.parametrize("number", [3, 0.5, True])
