@@ -12,6 +12,9 @@ PLAIN = "the same without the cache"
 SENTENCES, REPEATED, EPOCHS = 2000, 0.6, 5
 TEXT_TARGET, TRAIN_TARGET = 0.5, 0.35
 BYPASS_TARGET = 1.05
+BATCHES, AT_ONCE, TURNS = 400, 40, 24
+"""For the module that is bypassed: inputs, calls in a run, and how many runs stand for one of the other cases'. Short
+runs that take turns meet the same moments of a machine that others share."""
 
 _STEP, _CHECK_TARGET = "one decode step", 0.02
 _LOOKS = 16
@@ -28,7 +31,7 @@ def check_bypassed(cache: Any, calls: int) -> None:
 def weights_check(runs: int, cache: Any, decode: Callable[[Any, int], object], steps: int) -> Row:
     """Milliseconds to notice whether the weights changed; ``decode(seq, steps)`` takes so many decode steps."""
     tokens = prompt(128, 0)
-    seq = cache.open(tokens, max_new_tokens=64 * runs)
+    seq = cache.open(tokens, max_new_tokens=steps * (4 * runs + 2))
     cache.step_greedy([seq], [tokens[seq.num_cached :]])
 
     def look() -> float:
@@ -37,6 +40,6 @@ def weights_check(runs: int, cache: Any, decode: Callable[[Any, int], object], s
     def step() -> float:
         return 1e3 * seconds(lambda: decode(seq, steps)) / steps
 
-    samples = alternate({"ours": look, _STEP: step}, 2 * runs, "look at the weights")
+    samples = alternate({"ours": look, _STEP: step}, 4 * runs, "look at the weights")
     seq.close()
     return Row.of("a look at SmolLM2's weights", "ms", samples, targets={_STEP: _CHECK_TARGET})

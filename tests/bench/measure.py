@@ -124,17 +124,17 @@ def alternate(
     """Let the candidates take turns; each call returns one run's figure. The order turns round every run."""
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as progress:
+    with Progress(*columns, auto_refresh=False) as progress:  # a thread that draws would be measured too
         task = progress.add_task(what, total=(runs + warm_up) * len(candidates))
         for run in range(-warm_up, runs):
             names = list(candidates) if run % 2 else list(reversed(candidates))
             for name in names:
-                progress.update(task, description=f"{what}: {name}")
+                progress.update(task, description=f"{what}: {name}", refresh=True)
                 value = candidates[name]()
                 if run >= 0:
                     samples[name].append(value)
                 progress.advance(task)
-        progress.update(task, description=what)
+        progress.update(task, description=what, refresh=True)
     return samples
 
 
