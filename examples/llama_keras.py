@@ -58,7 +58,8 @@ def silu(x: Tensor) -> Tensor:
 
 def rotary(pos: Tensor, frequencies: Tensor, dtype: Any) -> tuple[Tensor, Tensor]:
     """Cosine and signed sine of every angle at positions [B or 1, T]: both [B or 1, T, 1, D]."""
-    angles = ops.cast(pos[:, :, None, None], "float32") * frequencies
+    wide = keras.backend.result_type(dtype, "float32")
+    angles = ops.cast(pos[:, :, None, None], wide) * ops.cast(frequencies, wide)
     cos, sin = ops.cast(ops.cos(angles), dtype), ops.cast(ops.sin(angles), dtype)
     return ops.concatenate((cos, cos), -1), ops.concatenate((-sin, sin), -1)
 

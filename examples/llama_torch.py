@@ -31,7 +31,7 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 def rotary(pos: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and signed sine of every angle at positions [B or 1, T]: both [B or 1, 1, T, D]."""
-    angles = pos[:, None, :, None].float() * frequencies
+    angles = pos[:, None, :, None].to(torch.promote_types(dtype, torch.float32)) * frequencies
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 

@@ -47,7 +47,8 @@ typedef struct {
 
 /* `n` and `vectors`, wherever they are used, are constants, so that the loops over them are unrolled. */
 
-/* sum[i] = the sum over j < size of a[i * across + j * along] * b[j]. */
+/* sum[i] = the sum over j < size of a[i * across + j * along] * b[j]. Meanwhile memory is asked for ACROSS * size floats
+ * behind `one` and behind `two`, unless they are 0: a little in each turn, because all at once would wait for each other. */
 static inline __attribute__((always_inline)) void product(const int n, const int vectors, const float *a,
                                                           int64_t across, int64_t along, const queries *b, int64_t size,
                                                           vec (*sum)[VECTORS], const float *one, const float *two) {
