@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,12 +18,14 @@ from kvcache_core.entries import EntryCache
 from kvcache_core.entryformat import EntryForm
 from kvcache_core.entrylookup import EntryLookup
 from kvcache_core.errors import InvalidInput, InvalidType
+from kvcache_core.proving import Proving
 from kvcache_core.samples import Samples, sample_keys
 from kvcache_core.tree import Tree, flatten
 from kvcache_core.worth import Worth
 
 __all__ = ["NUMBER_IN_OUTPUT", "ActivationSite", "Bypassed", "RowFormat"]
 
+OVERWRITES = "the module writes an output over the one before it"
 NUMBER_IN_OUTPUT = "the output holds a plain number, which may belong to the batch and not to a sample"
 
 RowFormat = tuple[Callable[[Any], tuple[str, NDArray[Any]]], Callable[[str, NDArray[Any]], Any]]
@@ -46,7 +48,7 @@ class Bypassed(Exception):
         self.expected = expected
 
 
-class ActivationSite(ABC):
+class ActivationSite(Proving):
     """One attached module.
 
     Args:
@@ -61,6 +63,7 @@ class ActivationSite(ABC):
     def __init__(
         self, entries: EntryCache, module: Any, worth: Worth, *, shared: Sequence[str], side_effects: bool
     ) -> None:
+        super().__init__()
         self.entries = entries
         self.module = module
         self.shared = frozenset(shared)
@@ -69,21 +72,12 @@ class ActivationSite(ABC):
         self.worth = worth
         self._refusals: dict[bytes, str] = {}
         self._proven: dict[bytes, Tree] = {}
-        self._proven_by_several: set[bytes] = set()
 
     # ---- what an adapter supplies --------------------------------------------------------------
 
     @abstractmethod
-    def is_tensor(self, value: Any) -> bool:
-        """Whether a leaf is a tensor of the framework."""
-
-    @abstractmethod
     def array(self, tensor: Any) -> NDArray[Any]:
         """A tensor's bits as numpy, in any dtype of the same width; raises InvalidType where there is none."""
-
-    @abstractmethod
-    def take(self, tensor: Any, rows: Sequence[int]) -> Any:
-        """Rows of a tensor."""
 
     @abstractmethod
     def copies(self, tensor: Any) -> list[tuple[Any, int]]:
@@ -111,14 +105,6 @@ class ActivationSite(ABC):
     def row_format(self) -> RowFormat:
         """How a row of a result becomes bits and a row again, by functions that do not keep the module alive."""
 
-    @abstractmethod
-    def compute(self, original: Callable[..., Any], args: Any, kwargs: Any, leaves: Sequence[Any]) -> tuple[Any, str]:
-        """Run the module on inputs whose tensors are ``leaves``.
-
-        Returns:
-            Its output, and why it must not be kept, or "".
-        """
-
     # ---- a call --------------------------------------------------------------------------------
 
     def serve(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -132,8 +118,8 @@ class ActivationSite(ABC):
         samples = self._samples(args, kwargs, mode)
         lookup = self.entries.look_up(samples.keys, self.form(self._proven.get(mode)))
         # Until one whole batch was seen to be computed cleanly, nothing is left out of it. One sample alone does not
-        # show whether an output's first dimension is the batch's.
-        trusted = mode in self._proven if samples.count == 1 else mode in self._proven_by_several
+        # show whether it is computed by itself.
+        trusted = mode in self._proven if samples.count == 1 else samples.way in self.proofs
         if not lookup.compute and (trusted or samples.count == 1):
             result = self._assemble(lookup, ())
             self.worth.called(samples.count, 0.0, time.perf_counter() - start)
@@ -151,21 +137,50 @@ class ActivationSite(ABC):
         if isinstance(payloads, str):
             self._refusals[mode] = payloads
             raise Bypassed(payloads, output if whole else None)
+        proving = 0.0
+        if samples.count > 1 and not trusted:
+            if not self._is_shown(original, samples, output, payloads):
+                return output
+            proving = time.perf_counter() - after
+            self.worth.proved(proving)
         self._proven[mode] = payloads[0][0]
-        if len(payloads) > 1:
-            self._proven_by_several.add(mode)
         if whole:
             payloads = [payloads[sample] for sample in lookup.compute]
         sizes = [size for _, _, size in payloads]
         self.entries.keep(lookup, [payload[:2] for payload in payloads], sizes, self.form(self._proven[mode]))
         result = output if whole else self._assemble(lookup, payloads)
-        spent = before - start + time.perf_counter() - after
+        spent = before - start + time.perf_counter() - after - proving
         if whole:  # such a call saves nothing
             self.worth.measured(samples.count, after - before)
             self.worth.called(0, 0.0, spent)
         else:
             self.worth.called(samples.count, after - before, spent)
         return result
+
+    def _is_shown(
+        self,
+        original: Callable[..., Any],
+        samples: Samples,
+        output: Any,
+        payloads: Sequence[tuple[Tree, list[Any], int]],
+    ) -> bool:
+        """Whether a whole batch's results may be kept; False if that batch cannot show it.
+
+        Raises:
+            Bypassed: they are not each sample's own.
+        """
+        reason = self.prove(original, samples, output)
+        if reason is None:
+            return False
+        copies = [self.stack(column) for column in zip(*(rows for _, rows, _ in payloads), strict=True)]
+        leaves = flatten(output, self.is_tensor)[0]
+        pairs = zip(map(self.array, leaves), map(self.array, copies), strict=True)
+        if any(one.tobytes() != two.tobytes() for one, two in pairs):
+            output, reason = payloads[0][0].rebuild(copies), OVERWRITES
+        self.proofs.settle(samples.way, reason)
+        if reason:
+            raise Bypassed(reason, output)
+        return True
 
     def form(self, tree: Tree | None) -> EntryForm | None:
         """What a result of structure ``tree`` looks like in a tier; None if there is no tier, or it stays out of them.
@@ -198,17 +213,19 @@ class ActivationSite(ABC):
             raise Bypassed(f"an input cannot be hashed: {error}") from error
         if not count:
             raise Bypassed("the input has no samples: no tensor with a first dimension of at least 1", expected=True)
-        keys = self.keys(tree, is_split, [leaf.dtype for leaf in leaves], arrays, mode)
-        return Samples(count, tree, leaves, is_split, keys)
+        way = self.way(tree, is_split, [leaf.dtype for leaf in leaves], arrays, mode)
+        if refusal := self.proofs.refusal(way):
+            raise Bypassed(refusal)
+        return Samples(count, tree, leaves, is_split, self.keys(way, is_split, arrays), way)
 
-    def keys(
-        self,
-        tree: Tree,
-        is_split: Sequence[bool],
-        dtypes: Sequence[Any],
-        arrays: Sequence[NDArray[Any]],
-        mode: bytes,
-    ) -> list[bytes]:
+    def way(
+        self, tree: Tree, is_split: Sequence[bool], dtypes: Sequence[Any], arrays: Sequence[NDArray[Any]], mode: bytes
+    ) -> tuple[bytes, ...]:
+        """How the module is called: all that a key is made of but the inputs' contents and sizes, and the weights."""
+        names = ",".join(str(getattr(dtype, "name", dtype)) for dtype in dtypes)  # numpy's and TensorFlow's are alike
+        return mode, bytes(is_split), names.encode(), tree.encode(), bytes(array.ndim for array in arrays)
+
+    def keys(self, way: tuple[bytes, ...], is_split: Sequence[bool], arrays: Sequence[NDArray[Any]]) -> list[bytes]:
         """One key per sample of the inputs' arrays.
 
         Raises:
@@ -221,9 +238,7 @@ class ActivationSite(ABC):
             raise InvalidInput(
                 f"every split input needs a row per sample, got {counts} rows; name the others in shared="
             )
-        names = ",".join(str(getattr(dtype, "name", dtype)) for dtype in dtypes)  # numpy's and TensorFlow's are alike
-        fields = (self.namespace(), mode, bytes(is_split), names.encode(), tree.encode())
-        prefix = b"".join(struct.pack("<Q", len(field)) + field for field in fields)
+        prefix = b"".join(struct.pack("<Q", len(field)) + field for field in (self.namespace(), *way))
         return sample_keys(prefix, split, whole, counts[0])
 
     def _which_split(self, args: Any, kwargs: Any, arrays: Sequence[NDArray[Any]]) -> tuple[list[bool], int]:

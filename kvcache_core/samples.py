@@ -27,6 +27,7 @@ class Samples:
         leaves: its tensors.
         is_split: per tensor, whether sample b has row b of it; the others are seen whole by every sample.
         keys: one per sample.
+        way: how the module is called: how it computes, and the inputs' structure, dtypes and flags.
     """
 
     count: int
@@ -34,6 +35,7 @@ class Samples:
     leaves: list[Any]
     is_split: list[bool]
     keys: list[bytes]
+    way: tuple[bytes, ...]
 
     def subset(self, take: Callable[[Any, Sequence[int]], Any], rows: Sequence[int]) -> list[Any]:
         """The tensors of some of the samples."""

@@ -72,6 +72,10 @@ class Worth:
         self.spent += seconds
         self._balance -= seconds
 
+    def proved(self, seconds: float) -> None:
+        """Seeing that the module can be cached took so long, once: no reason to leave the cache out."""
+        self.spent += seconds
+
     def called(self, rows: int, computing: float, spent: float) -> None:
         """A call of ``rows`` samples took ``computing`` seconds for the missing ones and ``spent`` for the cache."""
         saved = rows * self._row_seconds - computing

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import record
 
-from kvcache_core.activation import ActivationSite, Bypassed, RowFormat
+from kvcache_core.activation import Bypassed, RowFormat
 from kvcache_core.described import ModuleIdentity
-from kvcache_core.entryformat import EntryForm, Payload
-from kvcache_core.entrylookup import EntryLookup
-from kvcache_core.errors import InvalidInput, InvalidType
-from kvcache_core.tree import Tree, flatten
+from kvcache_core.errors import InvalidType
+from kvcache_core.tree import flatten
 from kvcache_core.worth import Worth
 from kvcache_keras.context import local, not_recording, recording
 from kvcache_keras.fingerprint import Fingerprint
 from kvcache_keras.graphactivation import ADDED_LOSS, call_in_graph
+from kvcache_keras.graphsite import GraphSite
 from kvcache_keras.masks import MASKS, carrying, masks_of, unwrapped
 from kvcache_keras.portable import export_row, layer_identity, restore_row
 
@@ -32,26 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["Site", "call"]
 
 _Tensor = Any
-_PENDING_AT_MOST = 256
-"""Looked-up calls whose graph never came back (it raised) are forgotten beyond this number."""
 
 
-_PAST = -1
-"""The number of a call that goes past the cache."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    """A call of a graph that was looked up and now computes: what was found, how long that took and when it ended."""
-
-    lookup: EntryLookup
-    form: EntryForm | None
-    tree: Tree
-    spent: float
-    since: float
-
-
-class Site(ActivationSite):
+class Site(GraphSite):
     """One attached layer or model."""
 
     def __init__(self, cache: KVCache, module: Any, *, identity: str | None, **options: Any) -> None:
@@ -60,8 +38,10 @@ class Site(ActivationSite):
         self.identity = ModuleIdentity(identity, type(module).__name__)
         self._identity = (identity or "").encode()
         self._number = cache.sites.number(module).to_bytes(8, "little")
-        self.pending: OrderedDict[int, _Pending] = OrderedDict()
-        self._numbers = itertools.count(1)
+
+    def bypass(self, reason: str, *, warn: bool = True) -> None:
+        """Count a call that goes past the cache."""
+        self._cache.bypass(0, reason, warn=warn)
 
     # ---- tensors -------------------------------------------------------------------------------
 
@@ -74,6 +54,19 @@ class Site(ActivationSite):
         check_dense(tensor)
         array = tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
         return np.ascontiguousarray(array).reshape(tensor.shape)
+
+    def numbers(self, tensor: _Tensor) -> tuple[str, np.ndarray[Any, Any]]:
+        """The tensor's dtype by name, and its values [B, ...]."""
+        array = np.array(np.asarray(tensor))
+        name = array.dtype.name
+        if array.dtype.kind == "c":
+            array = np.stack([array.real, array.imag], -1)
+        return name, array.astype(np.float32) if name in ("bfloat16", "float16") else array
+
+    def precisions(self) -> set[str]:
+        """The dtypes of weights, and those that layers compute in."""
+        layers = self.module._flatten_layers()
+        return {layer.compute_dtype for layer in layers} | {str(weight.dtype) for weight in self.module.variables}
 
     def take(self, tensor: _Tensor, rows: Sequence[int]) -> _Tensor:
         """Rows of a tensor [B, ...]."""
@@ -158,98 +151,6 @@ class Site(ActivationSite):
         if any(layer._losses for layer in self.module._flatten_layers()):
             return output, ADDED_LOSS
         return output, ""
-
-    # ---- a graph's host calls -----------------------------------------------------------------
-
-    def begin(
-        self,
-        tree: Tree,
-        split: Sequence[bool],
-        dtypes: Sequence[Any],
-        arrays: Sequence[Any],
-        weights: bytes,
-        mode: bytes,
-        output: Tree,
-    ) -> tuple[int, list[int], list[Any] | None]:
-        """Look up samples of a graph that found these weights, and computes as layers were switched when it was traced.
-
-        Returns:
-            The call's number, the samples to compute, and the whole result [B, ...] if there are none.
-        """
-        start = time.perf_counter()
-        count = next(len(array) for array, mine in zip(arrays, split, strict=False) if mine)
-        if self.worth.skip:
-            self.worth.skip -= 1
-            self.worth.skipped += 1
-            return _PAST, list(range(count)), None
-        local.samples, local.mode = weights, mode  # of this thread: graphs may run side by side
-        try:
-            keys = self.keys(tree, split, dtypes, arrays, self.mode()) if count else []
-            form = self.form(output)
-        finally:
-            local.samples = None
-        lookup = self.entries.look_up(keys, form)
-        measuring = self.worth.wants_measure
-        if keys and not lookup.compute and not measuring:
-            result = _stacked([rows for _, rows in lookup.found])
-            self.worth.called(count, 0.0, time.perf_counter() - start)
-            return 0, [], result
-        number, now = next(self._numbers), time.perf_counter()
-        self.pending[number] = _Pending(lookup, form, output, now - start, now)
-        while len(self.pending) > _PENDING_AT_MOST:
-            self.pending.popitem(last=False)
-        return number, lookup.compute or list(range(count)), None
-
-    def finish(self, number: int, outputs: Sequence[Any]) -> list[Any]:
-        """Keep what a graph computed, its arrays [computed, ...], and give the whole result [B, ...]."""
-        if number == _PAST:
-            return list(outputs)
-        start, call = time.perf_counter(), self.pending.pop(number)
-        lookup, computing = call.lookup, start - call.since
-        count = len(lookup.keys)
-        if not count:
-            return list(outputs)
-        if len(lookup.compute) in (0, count):  # all was computed, if only to see how long that takes
-            self.worth.measured(count, computing)
-        result = self._kept(call, outputs) if lookup.compute else list(outputs)
-        spent = call.spent + time.perf_counter() - start
-        saving = len(lookup.compute) < count
-        computing = computing if lookup.compute else 0.0
-        self.worth.called(count if saving else 0, computing if saving else 0.0, spent)
-        return result
-
-    def _kept(self, call: _Pending, outputs: Sequence[Any]) -> list[Any]:
-        """Keep the arrays [computed, ...]; the whole result [B, ...]."""
-        lookup = call.lookup
-        if any(len(output) != len(lookup.compute) for output in outputs):
-            raise InvalidInput(
-                f"the module's output has no row per sample: for {len(lookup.compute)} samples its shapes are "
-                f"{[output.shape for output in outputs]}; do not attach it"
-            )
-        columns = [self.copies(output) for output in outputs]
-        computed: list[Payload] = [(call.tree, [row for row, _ in rows]) for rows in zip(*columns, strict=True)]
-        sizes = [sum(size for _, size in rows) for rows in zip(*columns, strict=True)]
-        self.entries.keep(lookup, computed, sizes, call.form)
-        if len(computed) == len(lookup.keys):
-            return list(outputs)
-        return _stacked(
-            [
-                (computed[lookup.sources[sample]] if sample in lookup.sources else found)[1]
-                for sample, found in enumerate(lookup.found)
-            ]
-        )
-
-
-def _stacked(samples: Sequence[Sequence[Any]]) -> list[Any]:
-    """The rows of each sample as arrays [B, ...]."""
-    stacked = []
-    for column in zip(*samples, strict=True):
-        shape = column[0].shape
-        if any(row.shape != shape for row in column):
-            raise InvalidInput("the module's output shape depends on the other samples of its batch; do not attach it")
-        # A row without dimensions is a number: it cannot be joined, and np.array takes three times as long.
-        stacked.append(np.concatenate(column).reshape(len(column), *shape) if shape else np.array(column))
-    return stacked
 
 
 def call(cache: KVCache, site: Site, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:

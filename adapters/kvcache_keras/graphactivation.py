@@ -48,7 +48,7 @@ def _looked_up_or_computed(
     found: list[Any] = []
     losses = [(layer, len(layer._losses)) for layer in site.module._flatten_layers()]
 
-    def compute(number: _Tensor, rows: _Tensor) -> list[_Tensor]:
+    def compute(rows: _Tensor) -> list[_Tensor]:
         some = [tf.gather(leaf, rows) if mine else leaf for leaf, mine in zip(leaves, split, strict=True)]
         for leaf, part in zip(leaves, some, strict=True):
             part.set_shape([None if leaf is not part else part.shape[0], *leaf.shape[1:]] if leaf.shape.rank else [])
@@ -60,16 +60,13 @@ def _looked_up_or_computed(
             raise Bypassed(ADDED_LOSS)
         if shape.has_number():
             raise Bypassed(NUMBER_IN_OUTPUT)
-        if not outputs or any(not output.shape.rank for output in outputs):
+        if not outputs or any(not output.shape.rank or output.shape[0] is not None for output in outputs):
             raise Bypassed(f"the output has no row per sample (its shapes are {[o.shape for o in outputs]})")
         found[:] = [shape, [output.dtype for output in outputs], [output.shape for output in outputs]]
-        return _flat(tf.numpy_function(finish, [number, *outputs], found[1]))
-
-    def finish(number: Any, *outputs: Any) -> list[Any]:
-        return site.finish(int(number), outputs)
+        return _flat(outputs)
 
     # Traced before the call that decides about it: only now is it known what that call brings.
-    spec = (tf.TensorSpec([], tf.int64), tf.TensorSpec([None], tf.int32))
+    spec = (tf.TensorSpec([None], tf.int32),)
     computing = tf.function(compute, input_signature=spec, autograph=False).get_concrete_function()
     shape, types, known = found
     weights, mode, dtypes = site.weights, site.mode(), [leaf.dtype for leaf in leaves]
@@ -77,17 +74,30 @@ def _looked_up_or_computed(
     def begin(*arrays: Any) -> list[Any]:
         state = weights.digest_of_samples(arrays[len(leaves) :])
         number, rows, results = site.begin(tree, split, dtypes, arrays[: len(leaves)], state, mode, shape)
+        computes = results is None
         if results is None:
             results = [np.zeros(0, dtype.as_numpy_dtype) for dtype in types]
-        return [np.int64(number), np.array(rows, np.int32), *results]
+        return [np.bool_(computes), np.int64(number), np.array(rows, np.int32), *results]
 
-    number, rows, *results = tf.numpy_function(begin, [*leaves, *weights.sample()], [tf.int64, tf.int32, *types])
-    number.set_shape([])
-    rows.set_shape([None])
-    count = tf.shape(next(leaf for leaf, mine in zip(leaves, split, strict=True) if mine))[0]
-    # Zero samples are computed too: only so are the other sizes of the result known.
-    needed = (tf.size(rows) > 0) | (count == 0)
-    return _flat(tf.cond(needed, lambda: computing(number, rows), lambda: results)), shape, known
+    def finish(number: Any, *outputs: Any) -> list[Any]:
+        number, rows, results = site.finish(int(number), outputs)
+        return [np.bool_(len(rows) > 0), np.int64(number), np.array(rows, np.int32), *results]
+
+    def step(_: _Tensor, number: _Tensor, rows: _Tensor, *results: _Tensor) -> list[_Tensor]:
+        return _shaped(tf.numpy_function(finish, [number, *_flat(computing(rows))], kinds))
+
+    kinds = [tf.bool, tf.int64, tf.int32, *types]
+    first = _shaped(tf.numpy_function(begin, [*leaves, *weights.sample()], kinds))
+    open_shapes = [tensor.shape for tensor in first[:3]] + [tf.TensorShape(None)] * len(types)
+    loop = tf.while_loop(lambda computes, *_: computes, step, first, open_shapes)
+    return list(loop[3:]), shape, known
+
+
+def _shaped(tensors: Sequence[_Tensor]) -> list[_Tensor]:
+    """What the host gives: whether something is to be computed, a number, the samples [R], the results."""
+    for tensor, size in zip(tensors, ([], [], [None]), strict=False):
+        tensor.set_shape(size)
+    return list(tensors)
 
 
 def _flat(tensors: Any) -> list[_Tensor]:

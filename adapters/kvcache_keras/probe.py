@@ -16,6 +16,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from kvcache_core.errors import InvalidInput
+from kvcache_core.mixing import PART_TOLERANCE
 from kvcache_keras.context import stepping
 from kvcache_keras.kernels import Scoring, causal_mask
 from kvcache_keras.routes import here
@@ -26,9 +27,6 @@ __all__ = ["check_in_parts"]
 
 _Tensor = Any
 _PARTS = (3, 1, 2)
-_TOLERANCE = {"float64": 1e-7, "float32": 3e-4, "float16": 0.02, "bfloat16": 0.15}
-"""Root mean square of a token's difference, as a part of the largest token's own, per dtype of K and V. In float32,
-another position or a missing token is off by far more."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def check_in_parts(model: Any, vocab_size: int | None, dtype: str, frames: int |
         dtype: of K and V.
         frames: F of a model that takes frames.
     """
-    tolerance = _TOLERANCE[dtype]
+    tolerance = PART_TOLERANCE[dtype]
     count = sum(_PARTS)
     rng = np.random.default_rng(0)
     ids = rng.integers(1, max(2, vocab_size or 2), (1, count)).astype(np.int32)

@@ -59,6 +59,19 @@ class Site(ActivationSite):
             plain = torch.view_as_real(plain)
         return plain.view(_BITS[plain.element_size()]).numpy()
 
+    def numbers(self, tensor: Tensor) -> tuple[str, np.ndarray[Any, Any]]:
+        """The tensor's dtype by name, and its values [B, ...]."""
+        plain = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+        if plain.is_floating_point() and plain.element_size() < 4:
+            plain = plain.float()  # numpy knows no bfloat16
+        return _name(tensor.dtype), np.array(plain.cpu().numpy())
+
+    def precisions(self) -> set[str]:
+        """The dtypes of weights, and of autocast."""
+        dtypes = {weight.dtype for weight in self._weights.tensors}
+        dtypes |= {torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)}
+        return set(map(_name, dtypes))
+
     def take(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
         """Rows of a tensor [B, ...]."""
         return tensor[torch.as_tensor(rows, device=tensor.device)]
@@ -208,3 +221,7 @@ def _random_states(leaves: Sequence[Tensor]) -> list[Tensor]:
 def _storage(tensor: Tensor) -> int:
     """Where the tensor's memory is; 0 for one that has none of its own."""
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
