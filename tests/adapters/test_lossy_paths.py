@@ -4,8 +4,9 @@ saved cache, or beside a state.
 
 from __future__ import annotations
 
+import functools
 import importlib
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def round_behind_latents(model: Any, dtype: str, patch: pytest.MonkeyPatch) -> N
     """DeepSeek's own cache holds a latent; what attention sees, and we store, are the K and V made of it."""
     for module in model.modules():
         if hasattr(module, "expand_kv"):
-            patch.setattr(module, "expand_kv", partial(rounded_pair, module.expand_kv, dtype))
+            patch.setattr(module, "expand_kv", functools.partial(rounded_pair, module.expand_kv, dtype))
 
 
 def rounded_pair(expand: Any, dtype: str, *latent: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -128,15 +129,29 @@ def check(backend: Any, prompt: list[int], cached: int, dtype: str) -> None:
     backend.cache.core.check_valid()
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """What a framework's cache saved; each saves once, for all that load it."""
+
+    @functools.cache
+    def write(framework: str, dtype: str) -> Path:
+        path = tmp_path_factory.mktemp("written") / "cache"
+        backend = lossy(framework, CACHES[framework](size=40, block_size=PLAIN.block_size, dtype=dtype))
+        for prompt in prompts():
+            check(backend, prompt, 0, dtype)
+        backend.cache.save(path)
+        return path
+
+    return write
+
+
 @pytest.mark.parametrize("dtype", LOSSY)
 @pytest.mark.parametrize("writer", ["torch", "keras"])
 @pytest.mark.parametrize("reader", ["torch", "keras"])
-def test_a_lossy_cache_is_saved_here_and_loaded_there(tmp_path: Path, writer: str, reader: str, dtype: str) -> None:
-    path = tmp_path / "cache"
-    first = lossy(writer, CACHES[writer](size=40, block_size=PLAIN.block_size, dtype=dtype))
-    for prompt in prompts():
-        check(first, prompt, 0, dtype)
-    first.cache.save(path)
+def test_a_lossy_cache_is_saved_here_and_loaded_there(
+    written: Callable[[str, str], Path], writer: str, reader: str, dtype: str
+) -> None:
+    path = written(writer, dtype)
     other = lossy(reader, CACHES[reader].load(path, promote="always"))
     assert other.cache.exact is (dtype in ("float16", "bfloat16"))  # whether these lose something the model decides
     for prompt in prompts():

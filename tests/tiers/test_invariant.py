@@ -19,6 +19,7 @@ from tests.tiers.backends import tiered
 
 FRAMEWORKS = ("torch", "keras")
 KINDS = ("ram", "disk", "network", "network, in parts", "fsspec", "all")
+CONFIGS = decoder_configs(max_layers=2)  # one with a window and one without: blocks of two kinds
 Make = Callable[[str], list[Any]]
 
 
@@ -44,28 +45,30 @@ def make_tiers(tmp_path_factory, valkey_server) -> Make:
     return make
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-@given(data=st.data(), kind=st.sampled_from(["ram", "all"]))
-@settings(max_examples=8)
-def test_random_scripts_with_little_room(make_tiers, framework, data, kind):
+@pytest.mark.parametrize(("framework", "examples"), [("torch", 8), ("keras", 4)])
+def test_random_scripts_with_little_room(make_tiers, framework, examples):
     """Forks, truncations, faults and resizes over a pool that loses blocks all the time."""
-    config = data.draw(decoder_configs(max_layers=3))
-    script = data.draw(scripts(max_blocks=10, max_actions=20))
-    with ExitStack() as opened:
 
-        def make(weights):
-            backend = tiered(framework, config, weights, script.num_blocks, make_tiers(kind))
-            opened.callback(backend.cache.close)
-            return backend
+    @given(CONFIGS, scripts(max_blocks=10, max_actions=20), st.sampled_from(["ram", "all"]))
+    @settings(max_examples=examples)
+    def check(config, script, kind):
+        with ExitStack() as opened:
 
-        driver = Driver(config, make)
-        driver.run(script)
-        driver.report()
+            def make(weights):
+                backend = tiered(framework, config, weights, script.num_blocks, make_tiers(kind))
+                opened.callback(backend.cache.close)
+                return backend
+
+            driver = Driver(config, make)
+            driver.run(script)
+            driver.report()
+
+    check()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-@given(config=decoder_configs(max_layers=3))
+@given(config=CONFIGS)
 @settings(max_examples=2)
 def test_every_step_demotes_and_promotes(make_tiers, framework, kind, config):
     """Three prompts take turns in a pool that holds one: each turn evicts another's blocks and takes its own back."""
@@ -75,11 +78,14 @@ def test_every_step_demotes_and_promotes(make_tiers, framework, kind, config):
     assert stats.miss_tokens == 3 * (whole + 1) + 6
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-@given(config=decoder_configs(max_layers=3), budget=st.sampled_from([1 << 12, 1 << 15]))
-@settings(max_examples=5)
-def test_tiers_too_small_for_it_all(framework, config, budget):
-    assert turns(framework, config, [RamTier(budget)]).demoted_blocks
+@pytest.mark.parametrize(("framework", "examples"), [("torch", 5), ("keras", 3)])
+def test_tiers_too_small_for_it_all(framework, examples):
+    @given(CONFIGS, st.sampled_from([1 << 12, 1 << 15]))
+    @settings(max_examples=examples)
+    def check(config, budget):
+        assert turns(framework, config, [RamTier(budget)]).demoted_blocks
+
+    check()
 
 
 def turns(framework: str, config: Any, tiers: list[Any]) -> Any:

@@ -155,7 +155,7 @@ def test_memory_that_cannot_move_stays_where_it_is():
         max_size=12,
     )
 )
-@settings(max_examples=4)
+@settings(max_examples=3)
 def test_any_order_of_uses(uses):
     both = Both(blocks=30, outputs="all")
     for what, seed, size, graph in uses:

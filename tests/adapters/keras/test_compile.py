@@ -37,7 +37,7 @@ def test_random_rows_and_lengths() -> None:
     assert driver.backend.cache.runner.traces == {"prefill": 1, "compiled": 1}
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(decoder_configs(head_sizes=(4, 8), max_layers=2), PROMPTS, st.sets(st.integers(0, 10), max_size=1))
 def test_a_loop_equals_steps_that_are_not_compiled(config, prompts, eos_ids) -> None:
     check(config, prompts, [5, 3], eos_ids, None, compiled=True)

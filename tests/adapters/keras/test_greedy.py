@@ -55,7 +55,7 @@ def check(
     assert {name: count for name, count in cache.runner.traces.items() if "loop" in name} == {loop: 1}
 
 
-@settings(max_examples=7)
+@settings(max_examples=4)
 @given(
     decoder_configs(head_sizes=(4, 8, 16), max_layers=2),
     PROMPTS,

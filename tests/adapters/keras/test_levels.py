@@ -84,7 +84,7 @@ def test_random_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "WORTH", 1)
     shared = Counter[str]()
 
-    @settings(max_examples=6)
+    @settings(max_examples=4)
     @given(decoder_configs(head_sizes=HEADS, max_layers=2), family_scripts())
     def check(config: DecoderConfig, script: Script) -> None:
         driver = Driver(config, lambda weights: KerasBackend(config, weights, script.num_blocks))
@@ -141,7 +141,7 @@ def test_several_greedy_steps_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> N
     shared = Counter[str]()
     token = st.integers(0, VOCAB_OF_REFERENCE - 1)
 
-    @settings(max_examples=4)
+    @settings(max_examples=3)
     @given(
         decoder_configs(head_sizes=(4, 8, 16), max_layers=2),
         st.lists(token, min_size=8, max_size=30),

@@ -62,7 +62,7 @@ def batches_of(seed, steps):
     return [tuple(tf.constant(part, tf.float32) for part in pool[step % 2]) for step in range(steps)]
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=3),
     st.sampled_from(sorted(OPTIMIZERS)),
