@@ -138,12 +138,13 @@ class Small(keras.Model):
     def call(self, x: Any, training: bool = False) -> Any:
         batch, length = tf.unstack(tf.shape(x))
         h = self.embed(x) + self.learned(positions(length))
+        h = tf.reshape(h, (-1, 16))  # a product of matrices is traced much faster than one over three axes
         for layer, (projection, out) in enumerate(zip(self.projections, self.outs, strict=True)):
             q, k, v = tf.split(tf.reshape(projection(h), (batch, length, 8, 8)), (4, 2, 2), axis=2)
             y = attention(q, k, v, layer=layer, window=(None, self.window)[layer])
-            h = h + out(tf.reshape(y, (batch, length, 32)))
+            h = h + out(tf.reshape(y, (-1, 32)))
         h = self.dropout(h, training=training)
-        return self.head(select_outputs(h))
+        return self.head(select_outputs(tf.reshape(h, (batch, length, 16))))
 
 
 def functional(vocab: int = VOCAB, window: int | None = None) -> keras.Model:
