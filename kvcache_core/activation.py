@@ -208,7 +208,7 @@ class ActivationSite(Proving):
         try:
             leaves, tree = flatten((args, kwargs), self.is_tensor)
             arrays = [self.array(leaf) for leaf in leaves]
-            is_split, count = self._which_split(args, kwargs, arrays)
+            is_split, count = self._which_split(args, kwargs, [leaf.shape for leaf in leaves])
         except InvalidType as error:
             raise Bypassed(f"an input cannot be hashed: {error}") from error
         if not count:
@@ -241,14 +241,14 @@ class ActivationSite(Proving):
         prefix = b"".join(struct.pack("<Q", len(field)) + field for field in (self.namespace(), *way))
         return sample_keys(prefix, split, whole, counts[0])
 
-    def _which_split(self, args: Any, kwargs: Any, arrays: Sequence[NDArray[Any]]) -> tuple[list[bool], int]:
+    def _which_split(self, args: Any, kwargs: Any, shapes: Sequence[Any]) -> tuple[list[bool], int]:
         """Per tensor, whether its rows are the samples'; and how many samples there are."""
         declared = [False] * len(flatten(args, self.is_tensor)[0])
         for name, value in kwargs.items():
             declared += [name in self.shared] * len(flatten(value, self.is_tensor)[0])
-        pairs = list(zip(arrays, declared, strict=True))
-        count = next((array.shape[0] for array, shared in pairs if array.ndim and not shared), 0)
-        return [array.ndim > 0 and array.shape[0] == count and not shared for array, shared in pairs], count
+        pairs = list(zip(shapes, declared, strict=True))
+        count = next((shape[0] for shape, shared in pairs if len(shape) and not shared), 0)
+        return [len(shape) > 0 and shape[0] == count and not shared for shape, shared in pairs], count
 
     def _split_output(self, output: Any, count: int) -> list[tuple[Tree, list[Any], int]] | str:
         """(structure, rows, bytes) per computed sample, or why there is no such thing."""

@@ -27,6 +27,8 @@ __all__ = ["Site", "call"]
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm, nn.RReLU)
+_FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+"""These compute in another way where no gradients flow, and leave zeros at padding."""
 
 
 class Site(ActivationSite):
@@ -116,8 +118,9 @@ class Site(ActivationSite):
         return export_row, RowReader(device)
 
     def mode(self) -> bytes:
-        """Which modules are in training mode; autocast; what modules are switched to."""
-        return bytes(module.training for module in self._modules) + autocast_mode() + self._weights.mode()
+        """Which modules are in training mode; autocast; what modules are switched to; whether gradients matter."""
+        state = bytes(module.training for module in self._modules) + autocast_mode() + self._weights.mode()
+        return state + b"gradients" * self.computes_by_gradients()
 
     @property
     def weights(self) -> list[Tensor]:
@@ -127,6 +130,10 @@ class Site(ActivationSite):
     def trains(self) -> bool:
         """Whether gradients would flow to the module's parameters."""
         return torch.is_grad_enabled() and self._weights.trains
+
+    def computes_by_gradients(self) -> bool:
+        """Whether gradients would flow, and the module computes in another way where none do."""
+        return self.trains() and any(isinstance(module, _FAST_PATHS) for module in self._modules)
 
     def reason_to_bypass(self, args: Any, kwargs: Any) -> str | None:
         """Why a call must be computed as outside, or None."""
@@ -191,7 +198,7 @@ def call(cache: KVCache, site: Site, original: Callable[..., Any], args: Any, kw
         return original(*args, **kwargs)
     trains = site.trains()
     # What is not proven yet may change its inputs, or itself: it runs once, with its graph, whatever comes of it.
-    replayed = trains and site.is_proven()
+    replayed = trains and site.is_proven() and not site.computes_by_gradients()
     with torch.set_grad_enabled(torch.is_grad_enabled() and not replayed):
         result, served = cache.serve(site, original, args, kwargs)
     if not served:

@@ -39,10 +39,13 @@ class AttachedForward:
     def uninstall(cls, module: nn.Module) -> None:
         """Undo :meth:`install`."""
         attached = getattr(module, cls.name)
-        if attached.was_own_attribute:
-            setattr(module, cls.name, attached.original)
-        else:
-            delattr(module, cls.name)
+        try:
+            if not attached.was_own_attribute:
+                delattr(module, cls.name)
+                return
+        except AttributeError:  # a traced module has its attributes elsewhere
+            pass
+        setattr(module, cls.name, attached.original)
 
     @property
     def __code__(self) -> Any:

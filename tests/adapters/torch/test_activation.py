@@ -495,6 +495,56 @@ def test_eval_with_gradients_is_served_and_its_gradients_are_right(model, cache)
         close(weight.grad, grad)
 
 
+@pytest.mark.parametrize("order", [[True, False], [False, True]])
+def test_an_encoder_that_computes_otherwise_without_gradients(order):
+    """PyTorch's fast path leaves zeros at padding; it is taken where no gradients flow."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).eval()
+    x, hidden = torch.randn(6, 5, 8), torch.arange(5) > torch.arange(6)[:, None]
+    expected = {}
+    for gradients in order:
+        with torch.set_grad_enabled(gradients):
+            expected[gradients] = model(x, src_key_padding_mask=hidden)
+    assert not torch.allclose(expected[True], expected[False])
+    cache = KVCache(64)
+    cache.attach(model)
+    for gradients in (*order, *order):
+        for part in (slice(1, 4), slice(None)):
+            with torch.set_grad_enabled(gradients), cache:
+                found = model(x[part], src_key_padding_mask=hidden[part])
+            close(found, expected[gradients][part])
+            assert found.requires_grad == gradients
+    assert cache.stats().hit_entries == 2 * (3 + 9)
+
+
+def test_a_complex_number_beside_a_batch_of_two():
+    class Turned(nn.Module):
+        def forward(self, x, turn):
+            return (x * turn).real
+
+    cache, x, turn = KVCache(64), rows(0, 2), torch.tensor(1 + 2j)
+    model = cache.attach(Turned())
+    with cache:
+        for batch in (x, torch.cat([x[:1], rows(1, 1)])):
+            close(model(batch, turn), batch)
+    assert cache.stats().hit_entries == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_traced_module_is_served_and_detached():
+    x = rows(0)
+    model = torch.jit.trace(nn.Linear(6, 4).eval(), x)
+    expected = model(x)
+    for _ in range(2):
+        cache = KVCache(64)
+        cache.attach(model)
+        close(cached(cache, x), expected)
+        close(cached(cache, x), expected)
+        assert cache.stats().hit_entries == 5
+        cache.detach()
+        close(model(x), expected)
+
+
 # ---- the cache's own ---------------------------------------------------------------------------------------------
 
 
