@@ -54,7 +54,7 @@ def run(
     """With a cache, and with everything computed in full, eight pairs at a time; ``score`` is either adapter's."""
     cached, full = (lambda pairs: score(model, pairs, cache=cache)), in_batches(lambda pairs: score(model, pairs), 8)
     for scorer in (cached, full):  # what a framework does once in a process (tracing, memory) is no part of the time
-        scorer(pairs_of(checkpoint, 2))
+        scorer(pairs_of(checkpoint, 1))
     cache.clear()
     outcome = compare(checkpoint, cached, full, count)
     show(outcome, name)

@@ -19,53 +19,58 @@ def model() -> Small:
     return Small()
 
 
-def test_greedy_equals_recompute(model: Small) -> None:
+@pytest.fixture(scope="module")
+def attached(model: Small) -> KVCache:
+    cache = KVCache(size=128, block_size=4)
+    cache.attach(model, outputs="last")
+    return cache
+
+
+@pytest.fixture
+def cache(attached: KVCache) -> KVCache:
+    """Empty, with the graphs that were traced before."""
+    attached.clear()
+    return attached
+
+
+def test_greedy_equals_recompute(model: Small, cache: KVCache) -> None:
     plain = generate(model, PROMPTS, max_new_tokens=12)
-    with_cache = KVCache(size=64, block_size=4)
-    assert generate(model, PROMPTS, max_new_tokens=12, cache=with_cache) == plain
-    before = with_cache.stats().hit_tokens
-    assert generate(model, PROMPTS, max_new_tokens=12, cache=with_cache) == plain
-    assert with_cache.stats().hit_tokens > before
+    assert generate(model, PROMPTS, max_new_tokens=12, cache=cache) == plain
+    before = cache.stats().hit_tokens
+    assert generate(model, PROMPTS, max_new_tokens=12, cache=cache) == plain
+    assert cache.stats().hit_tokens > before
     assert [len(row) for row in plain] == [12] * 4
-    with_cache.core.check_valid()
-    assert with_cache.stats().open_sequences == 0
-    with_cache.detach()
+    cache.core.check_valid()
+    assert cache.stats().open_sequences == 0
 
 
-def test_inside_with_the_active_cache_is_used(model: Small) -> None:
-    cache = KVCache(size=64, block_size=4)
-    cache.attach(model)
+def test_inside_with_the_active_cache_is_used(model: Small, cache: KVCache) -> None:
     plain = generate(model, PROMPTS[:1], max_new_tokens=3)
+    before = cache.stats().miss_tokens
     with cache:
         assert generate(model, PROMPTS[:1], max_new_tokens=3) == plain
-    assert cache.stats().miss_tokens > 0
-    cache.detach()
+    assert cache.stats().miss_tokens > before
 
 
-def test_sampling_is_repeatable_and_does_not_depend_on_the_batch(model: Small) -> None:
-    cache = KVCache(size=128, block_size=4)
+def test_sampling_is_repeatable_and_does_not_depend_on_the_batch(model: Small, cache: KVCache) -> None:
     options = {"max_new_tokens": 8, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
     first = generate(model, PROMPTS, cache=cache, seed=3, **options)
     assert generate(model, PROMPTS, cache=cache, seed=3, **options) == first
     assert generate(model, PROMPTS, seed=3, **options) == first
     assert generate(model, PROMPTS[:1], cache=cache, seed=3, **options) == first[:1]
     assert generate(model, PROMPTS, cache=cache, seed=4, **options) != first
-    cache.detach()
 
 
-def test_n_and_beams_equal_recompute(model: Small) -> None:
-    cache = KVCache(size=128, block_size=4)
+def test_n_and_beams_equal_recompute(model: Small, cache: KVCache) -> None:
     for options in ({"n": 3, "temperature": 1.0, "seed": 1}, {"num_beams": 4, "n": 2, "eos_id": 3}):
         found = generate(model, PROMPTS[:2], max_new_tokens=6, cache=cache, **options)
         assert found == generate(model, PROMPTS[:2], max_new_tokens=6, **options)
         assert len(found) == 2 * options["n"]
     cache.core.check_valid()
     assert cache.stats().open_sequences == 0
-    cache.detach()
 
 
-def test_stream_gives_the_same_tokens_one_by_one(model: Small) -> None:
-    cache = KVCache(size=64, block_size=4)
+def test_stream_gives_the_same_tokens_one_by_one(model: Small, cache: KVCache) -> None:
     [expected] = generate(model, PROMPTS[1:2], max_new_tokens=6, cache=cache)
     assert list(stream(model, PROMPTS[1], max_new_tokens=6, cache=cache)) == expected
     assert list(stream(model, PROMPTS[1], max_new_tokens=6)) == expected
@@ -75,7 +80,6 @@ def test_stream_gives_the_same_tokens_one_by_one(model: Small) -> None:
     assert cache.stats().open_sequences == 0
     stop = list(stream(model, PROMPTS[1], max_new_tokens=6, cache=cache, eos_id=expected[2]))
     assert stop == expected[: expected.index(expected[2]) + 1]
-    cache.detach()
 
 
 @pytest.mark.parametrize("make", [functional, sequential])
@@ -103,7 +107,8 @@ def test_a_model_that_is_not_built_yet() -> None:
     assert len(generate(Small(), [[1, 2]], max_new_tokens=3)[0]) == 3
 
 
-def test_bad_input_and_nothing_lost(model: Small) -> None:
+def test_bad_input_and_nothing_lost() -> None:
+    model = Small()
     cache = KVCache(size=8, block_size=4)
     cache.attach(model, outputs="last")
     for prompts, error in (
@@ -122,15 +127,13 @@ def test_bad_input_and_nothing_lost(model: Small) -> None:
     assert full.value.needed > full.value.capacity == 8
     with pytest.raises(UsageError, match="another model"):
         generate(Small(), [[1]], max_new_tokens=1, cache=cache)
-    cache.detach()
 
 
-def test_an_exception_in_the_model_loses_nothing(model: Small) -> None:
-    cache = KVCache(size=64, block_size=4)
-    cache.attach(model, outputs="last")
+def test_an_exception_in_the_model_loses_nothing(cache: KVCache) -> None:
     seq = cache.open([1, 2, 3])
     cache.step([seq], [[1, 2, 3]])
-    expected = cache.step([seq.fork()], [[4]])
+    other = seq.fork()
+    expected = cache.step([other], [[4]])
     decode = cache.runner._functions["decode"]
 
     def failing(*arrays: tf.Tensor) -> tf.Tensor:
@@ -144,4 +147,5 @@ def test_an_exception_in_the_model_loses_nothing(model: Small) -> None:
     cache.core.check_valid()
     assert seq.length == 3
     assert np.array_equal(cache.step([seq], [[4]]), expected)
-    cache.detach()
+    for each in (seq, other):
+        each.close()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvcache_core import BlockRefused, InvalidInput, UsageError
 from kvcache_keras import KVCache, ParameterCache, empty_weights, generate
-from tests.adapters.keras.models import Small, ids, in_graph
+from tests.adapters.keras.models import Small, ids, in_graph, sequential
 
 
 class Nested(keras.Model):
@@ -219,11 +219,10 @@ def test_another_file_is_another_model(tmp_path):
 @pytest.mark.parametrize("verify", ["sample", "full", "never"])
 def test_a_graph_goes_by_the_same_file(tmp_path, verify):
     """In a graph too: what was computed eagerly is found, and nothing that was computed with another file's weights."""
-    cache, model, x = KVCache(64, verify=verify), Small(), tf.constant(ids(1, 9))
-    model(x)
+    cache, model, x = KVCache(64, verify=verify), sequential(), tf.constant(ids(1, 9))
     for seed in (0, 1):
         keras.utils.set_random_seed(seed)
-        other = Small()
+        other = sequential()
         expected = other(x)
         ParameterCache.save(other, tmp_path / str(seed))
         parameters = ParameterCache(tmp_path / str(seed), memory="1MiB")

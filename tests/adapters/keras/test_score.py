@@ -18,12 +18,18 @@ def model() -> Decoder:
     return Decoder(CONFIG, make_weights(CONFIG))
 
 
-@pytest.fixture
-def cache(model):
+@pytest.fixture(scope="module")
+def attached(model):
     cache = KVCache(300, block_size=4)
     cache.attach(model, outputs="last")
-    yield cache
-    cache.detach()
+    return cache
+
+
+@pytest.fixture
+def cache(attached):
+    """Empty, with the graphs that were traced before."""
+    attached.clear()
+    return attached
 
 
 def text(seed: int, length: int) -> list[int]:

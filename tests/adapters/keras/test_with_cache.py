@@ -64,11 +64,11 @@ def test_full_output_from_cached_and_new(make) -> None:
     close(model(x), expected)
 
 
-@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8"])
-def test_integer_ids_of_any_type(model: Small, cache: KVCache, dtype: str) -> None:
-    x = ids(2, 6)
-    with cache:
-        close(model(tf.constant(x, dtype)), model.call.original(tensor(x)))
+def test_integer_ids_of_any_type(model: Small, cache: KVCache) -> None:
+    for seed, dtype in enumerate(("int32", "int64", "uint8")):
+        x = ids(2, 6, seed=seed)
+        with cache:
+            close(model(tf.constant(x, dtype)), model.call.original(tensor(x)))
 
 
 def test_ragged_rows(model: Small, cache: KVCache) -> None:
