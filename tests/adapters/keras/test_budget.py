@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -35,14 +37,32 @@ def encoder() -> keras.Model:
     return model
 
 
+@functools.cache
+def models() -> tuple[keras.Model, keras.Model]:
+    """The same for all tests: what they compute without a cache is traced once."""
+    return encoder(), Small()
+
+
 class Both(TwoKinds):
-    """An encoder and a decoder over one cache of ``blocks`` blocks; each also in a graph traced once."""
+    """An encoder and a decoder over one cache of ``blocks`` blocks; each also in a graph traced once.
+
+    The one made before loses its models.
+    """
+
+    last: Both | None = None
 
     def __init__(self, blocks: int = 64, *, outputs: str = "last") -> None:
-        super().__init__(kvcache_keras, encoder(), Small(), blocks, outputs)
+        if Both.last is not None:
+            Both.last.let_go()
+        Both.last = self
+        super().__init__(kvcache_keras, *models(), blocks, outputs)
         self.traces = {"encode": 0, "call": 0}
         self.encode_graph = tf.function(self._encode, input_signature=[tf.TensorSpec([None, 16])])
         self.call_graph = tf.function(self._call, input_signature=[tf.TensorSpec([None, None], tf.int32)])
+
+    def let_go(self) -> None:
+        for model in models():
+            self.cache.detach(model)
 
     def _encode(self, x):
         self.traces["encode"] += 1

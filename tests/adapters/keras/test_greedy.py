@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -88,12 +88,24 @@ def test_half_precision(dtype: str) -> None:
     np.testing.assert_array_equal(cache.decode_greedy([seq], [[1, 2, 3]], 4), expected)
 
 
-@pytest.fixture
-def cache() -> KVCache:
-    model = Small()
+def small() -> KVCache:
     cache = KVCache(size=12, block_size=4)
-    cache.attach(model, outputs="last")
+    cache.attach(Small(), outputs="last")
     return cache
+
+
+@pytest.fixture(scope="module")
+def attached() -> KVCache:
+    return small()
+
+
+@pytest.fixture
+def cache(attached: KVCache) -> Iterator[KVCache]:
+    """Empty, with the graphs that were traced before."""
+    yield attached
+    for seq in list(attached.core._open.values()):
+        seq.close()
+    attached.clear()
 
 
 def test_a_prompt_goes_first_and_an_end_stops_all_rows(cache: KVCache) -> None:
@@ -138,7 +150,8 @@ def test_no_tokens_wanted_is_refused(cache: KVCache, count: int) -> None:
     assert seq.length == 0
 
 
-def test_rows_that_share_more_than_the_pool_could_copy_are_stepped(cache: KVCache) -> None:
+def test_rows_that_share_more_than_the_pool_could_copy_are_stepped() -> None:
+    cache = small()
     prompt = ids(24).tolist()
     seq = cache.open(prompt)
     last = cache.step_greedy([seq], [prompt])
