@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from measure import Row, Table, alternate, seconds
+from measure import Row, Table, alternate, read_bandwidth, seconds
 from smol import checkpoint, prompt
 from torch_decode import transformers_model
 from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM
@@ -20,6 +20,7 @@ from kvcache_torch import KVCache, generate
 
 SHARED, OWN, PROMPTS, NEW = 1024, 64, 8, 16
 NO_REUSE, BY_HAND, CONTINUOUS = "transformers generate", "DynamicCache, prefix by hand", "transformers generate_batch"
+FLOOR = "floor: each token's products once, the weights read once per further step"
 
 
 class Work:
@@ -36,6 +37,8 @@ class Work:
         self.theirs = transformers_model()
         self.theirs.generation_config.eos_token_id = None
         self.answers: dict[str, list[list[int]]] = {}
+        self.read = read_bandwidth()
+        self.matrices = [weight for block in self.model.blocks for weight in block.parameters() if weight.ndim == 2]
 
     def ours(self) -> float:
         """With whatever the cache holds."""
@@ -94,6 +97,21 @@ class Work:
         self.answers[CONTINUOUS] = [list(row.generated_tokens) for row in found.values()]
         return took
 
+    def floor(self) -> float:
+        """What no cache can save: PyTorch's products of the layers with the tokens that differ, no attention, and the
+        bytes of the weights for each step after the first.
+        """
+        widths = {weight.shape[1] for weight in self.matrices}
+        inputs = {width: [torch.zeros(rows, width) for rows in (SHARED, PROMPTS * OWN)] for width in widths}
+
+        def multiply() -> None:
+            for weight in self.matrices:
+                for x in inputs[weight.shape[1]]:
+                    torch.nn.functional.linear(x, weight)
+
+        steps = (NEW - 1) * sum(weight.nbytes for weight in self.model.parameters()) / self.read()
+        return seconds(multiply) + steps
+
     def agreement(self, peers: Iterable[str]) -> dict[str, float]:
         """Share of tokens in which a peer chose what ours did: rounding can turn a near tie."""
         ours = np.array(self.answers["ours"])
@@ -112,9 +130,11 @@ def main(*, quick: bool = False) -> Table:
     work = Work()
     runs = 1 if quick else 5
     candidates = {"cold": work.cold, "warm": work.warm, BY_HAND: work.by_hand, NO_REUSE: work.no_reuse}
+    candidates[FLOOR] = work.floor
     samples = alternate(candidates, runs, "8 prompts", warm_up=1)
     rows = [
         row("cold", samples, {BY_HAND: 0.68, NO_REUSE: 0.15}, work),
+        Row.of("cold, against the floor", "s", {"ours": samples["cold"], FLOOR: samples[FLOOR]}),
         row("warm", samples, {NO_REUSE: 0.06}, work),
     ]
     if not quick:
@@ -123,7 +143,9 @@ def main(*, quick: bool = False) -> Table:
     text = [
         f"{PROMPTS} prompts that share {SHARED:,} tokens and have {OWN} of their own, {NEW} new tokens each, greedy. "
         "Ours: the example model and `kvcache_torch.generate` after `cache.compile()`, the prefix computed once, then "
-        "all own tokens in one step. Warm: the prompts are cached, the answers are not.",
+        "all own tokens in one step. Warm: the prompts are cached, the answers are not. The floor is what no cache can "
+        f"save: PyTorch's products of all layers with the {SHARED + PROMPTS * OWN:,} tokens that differ, without "
+        f"attention, and {NEW - 1} times the bytes of the weights over the read bandwidth.",
     ]
     return Table("torch_batch", "PyTorch: 8 prompts behind one prefix", text, rows)
 
