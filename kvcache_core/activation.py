@@ -58,17 +58,25 @@ class ActivationSite(Proving):
         shared: names of keyword arguments whose tensors belong to all samples though their first dimension
             happens to be the batch's.
         side_effects: the module does more than compute its output: it is called each time.
+        check_in_parts: whether the first batch is computed in parts, too; None: where :meth:`may_mix` says so.
     """
 
     def __init__(
-        self, entries: EntryCache, module: Any, worth: Worth, *, shared: Sequence[str], side_effects: bool
+        self,
+        entries: EntryCache,
+        module: Any,
+        worth: Worth,
+        *,
+        shared: Sequence[str],
+        side_effects: bool,
+        check_in_parts: bool | None,
     ) -> None:
-        super().__init__()
+        super().__init__(check_in_parts)
         self.entries = entries
         self.module = module
         self.shared = frozenset(shared)
         self.side_effects = side_effects
-        self.options = (self.shared, side_effects)
+        self.options = (self.shared, side_effects, check_in_parts)
         self.worth = worth
         self._refusals: dict[bytes, str] = {}
         self._proven: dict[bytes, Tree] = {}
@@ -169,6 +177,9 @@ class ActivationSite(Proving):
         Raises:
             Bypassed: they are not each sample's own.
         """
+        if not self.is_checked():
+            self.proofs.settle(samples.way, "")
+            return True
         reason = self.prove(original, samples, output)
         if reason is None:
             return False

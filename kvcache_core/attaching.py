@@ -29,6 +29,7 @@ class Attaching(ModelBinding):
         frames: int | None = None,
         shared: Sequence[str] = (),
         side_effects: bool = False,
+        check_in_parts: bool | None = None,
     ) -> Any:
         """Serve ``model`` from this cache inside ``with cache:``; returns the model.
 
@@ -50,6 +51,9 @@ class Attaching(ModelBinding):
             shared: for activations: keyword arguments whose tensors belong to all samples, whatever their first
                 dimension. Without it, tensors with the batch's first dimension are split into samples.
             side_effects: for activations: the module does more than compute its output, so every call runs it.
+            check_in_parts: for activations: whether the first batch of several samples is computed in small parts,
+                too, to see that each result is its sample's own; a module of which it is not is left out of the cache.
+                None: where a layer in it is known to take time in front or to compute with the batch's statistics.
 
         Raises:
             UsageError: the model is attached to another cache, or this cache has another model.
@@ -80,6 +84,7 @@ class Attaching(ModelBinding):
             (self._install_part if kind == "activation" else self._install)(model)
             _attached[id(model)] = (weakref.ref(model), weakref.ref(self))
         options = {"identity": identity, "shared": tuple(shared), "side_effects": side_effects}
+        options["check_in_parts"] = check_in_parts
         if kind == "activation":
             self.sites.add(self._new_site(model, **options))
         if beside and kind == "activation":

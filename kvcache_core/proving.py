@@ -20,8 +20,17 @@ Numbers = tuple[str, NDArray[Any]]
 class Proving(ABC):
     """What an adapter does with tensors, and the proof that a module computes each sample by itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, check_in_parts: bool | None) -> None:
         self.proofs = Proofs()
+        self._check_in_parts = check_in_parts
+
+    def is_checked(self) -> bool:
+        """Whether a first batch is computed in parts, too."""
+        return self.may_mix() if self._check_in_parts is None else self._check_in_parts
+
+    @abstractmethod
+    def may_mix(self) -> bool:
+        """Whether a layer is known to take time in front, or to compute with the statistics of the batch."""
 
     @abstractmethod
     def is_tensor(self, value: Any) -> bool:

@@ -68,6 +68,10 @@ class Site(GraphSite):
         layers = self.module._flatten_layers()
         return {layer.compute_dtype for layer in layers} | {str(weight.dtype) for weight in self.module.variables}
 
+    def may_mix(self) -> bool:
+        """No: Keras's layers have the batch in front, and its statistics are used in training only."""
+        return False
+
     def take(self, tensor: _Tensor, rows: Sequence[int]) -> _Tensor:
         """Rows of a tensor [B, ...]."""
         return tensor[rows] if isinstance(tensor, np.ndarray) else tf.gather(tensor, np.asarray(rows, np.int32))

@@ -99,7 +99,7 @@ class GraphSite(ActivationSite):
             keys, form = self.keys(way, split, arrays), self.form(output)
         finally:
             local.samples = None
-        shown = count == 1 or way in self.proofs
+        shown = count == 1 or way in self.proofs or not self.is_checked()
         parts = [] if shown else parts_of(keys)
         if not shown and (not parts or self._is_proving(way)):
             return past

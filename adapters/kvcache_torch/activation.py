@@ -74,6 +74,14 @@ class Site(ActivationSite):
         dtypes |= {torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)}
         return set(map(_name, dtypes))
 
+    def may_mix(self) -> bool:
+        """Whether a layer takes time in front (``batch_first=False``), or normalises by the batch."""
+        return any(
+            getattr(module, "batch_first", True) is False
+            or (isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None)
+            for module in self._modules
+        )
+
     def take(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
         """Rows of a tensor [B, ...]."""
         return tensor[torch.as_tensor(rows, device=tensor.device)]

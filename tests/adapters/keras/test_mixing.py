@@ -96,7 +96,7 @@ seeds, counts = st.integers(0, 2**20), st.integers(3, 40)
 def test_layers_that_compute_each_sample_by_itself_are_served(how, names, seed, count):
     model, x = built([OWN[name] for name in names], seed), batch(seed, count)
     cache = KVCache(256)
-    cache.attach(model, kind="activation")
+    cache.attach(model, kind="activation", check_in_parts=True)
     run = caller(model, how)
     with warnings.catch_warnings(), cache:
         warnings.filterwarnings("error", category=KVCacheWarning)
@@ -113,7 +113,7 @@ def test_layers_that_mix_samples_are_bypassed(how, names, mixes, seed, count):
     model, x = built([*(OWN[name] for name in names), MIXING[mixes]], seed), batch(seed, count)
     expected, other = model(x), model(x[:-1])
     cache = KVCache(256)
-    cache.attach(model, kind="activation")
+    cache.attach(model, kind="activation", check_in_parts=True)
     run = caller(model, how)
     with cache:
         with pytest.warns(KVCacheWarning, match="other samples of its batch"):
@@ -130,7 +130,7 @@ def test_layers_that_mix_samples_are_bypassed(how, names, mixes, seed, count):
 def test_single_samples_and_equal_ones_before_the_first_batch_prove_nothing(how):
     layer, x = Function(lambda x: x - ops.mean(x, 0)), batch(0, 6)
     cache = KVCache(64)
-    cache.attach(layer)
+    cache.attach(layer, check_in_parts=True)
     run = caller(layer, how)
     with cache:
         for row in range(6):
@@ -150,7 +150,7 @@ def test_what_is_shown_in_a_graph_counts_for_eager_calls_and_other_graphs():
 
     layer = Function(lambda x: tf.ensure_shape(tf.numpy_function(count, [x], x.dtype), x.shape) * 2.0)
     cache, x = KVCache(64), batch(0, 6)
-    cache.attach(layer)
+    cache.attach(layer, check_in_parts=True)
     with cache:
         for run in (caller(layer, "graph"), caller(layer, "graph"), layer):
             run(x)
@@ -167,7 +167,7 @@ def test_a_graph_that_raises_in_a_part_is_right_from_then_on():
     layer, x = Function(even), batch(0, 6)
     x[2] = x[0]
     cache = KVCache(64)
-    cache.attach(layer)
+    cache.attach(layer, check_in_parts=True)
     run = caller(layer, "graph")
     with cache:
         with pytest.raises(tf.errors.InvalidArgumentError):
@@ -184,7 +184,7 @@ def test_a_module_in_groups_of_samples_in_a_graph():
     )
     cache = KVCache(64)
     expected = layer(x)
-    cache.attach(layer)
+    cache.attach(layer, check_in_parts=True)
     run = caller(layer, "graph")
     with cache, pytest.warns(KVCacheWarning, match="other samples"):
         np.testing.assert_allclose(run(x), expected, rtol=1e-5)
@@ -199,7 +199,7 @@ def test_mixed_precision_is_measured_as_such(how):
     finally:
         keras.mixed_precision.set_dtype_policy(policy)
     cache = KVCache(64)
-    cache.attach(model, kind="activation")
+    cache.attach(model, kind="activation", check_in_parts=True)
     run = caller(model, how)
     with cache:
         run(batch(0, 32))

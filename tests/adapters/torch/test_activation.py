@@ -74,9 +74,9 @@ def close(found, expected):
 def test_the_second_time_nothing_is_computed(model, cache):
     x = rows(0)
     first = cached(cache, x)
-    assert (model.calls, model.rows) == (1 + 2, 5 + 6), "two parts of three rows show that rows can be left out"
+    assert (model.calls, model.rows) == (1, 5)
     second = cached(cache, x)
-    assert (model.calls, model.rows) == (3, 11)
+    assert (model.calls, model.rows) == (1, 5)
     assert torch.equal(first, second) and second.dtype == first.dtype and not second.requires_grad
     stats = cache.stats()
     assert (stats.hit_entries, stats.miss_entries, stats.entries) == (5, 5, 5)
@@ -263,7 +263,7 @@ def test_every_input_and_flag_counts():
 def test_a_tensor_without_the_batch_belongs_to_every_sample():
     class Shifted(nn.Module):
         def forward(self, x, shift):
-            return x + shift.mean()
+            return x + shift
 
     cache = KVCache(64)
     cache.attach(Shifted(), shared=["shift"])
@@ -271,7 +271,7 @@ def test_a_tensor_without_the_batch_belongs_to_every_sample():
     for shift in (torch.tensor(1.0), rows(1, 1)[0], rows(2, 5, 1)):
         # [5, 1] could be one number per sample, if it were not declared as shared
         for batch in (x[:5], x[[1, 0]] if shift.dim() < 2 else x):
-            close(cached(cache, batch, shift=shift), batch + shift.mean())
+            close(cached(cache, batch, shift=shift), batch + shift)
     assert cache.stats().hit_entries == 2 + 2 + 5
 
 
@@ -445,9 +445,9 @@ def test_a_shape_that_depends_on_the_other_samples_is_noticed():
 
     cache = KVCache(8)
     cache.attach(Padded())
-    cached(cache, torch.tensor([[2.0], [2.5]]))  # both parts of this batch are as wide as it is
+    cached(cache, torch.tensor([[1.0], [2.0]]))
     cached(cache, torch.tensor([[4.0], [3.0]]))
-    x = torch.tensor([[2.0], [3.0]])
+    x = torch.tensor([[1.0], [3.0]])
     with pytest.warns(KVCacheWarning, match="depends on the other samples"):
         assert cached(cache, x).shape == (2, 3)
 
@@ -631,7 +631,7 @@ def test_several_parts_share_one_cache_and_keep_apart():
     cache.detach(model[0])
     with torch.no_grad(), cache:
         close(model(rows(0)), expected)
-    assert model[0].calls == 1 + 1 + 2 + 1 and model[1].calls == 1 + 1 + 2, "plainly, once, and in two parts"
+    assert model[0].calls == 3 and model[1].calls == 2
     cache.detach()
     with pytest.raises(UsageError, match="no model is attached"):
         cache.detach()
@@ -995,7 +995,7 @@ def test_single_samples_are_served_and_then_batches_of_them(model, cache):
     assert cache.stats().hit_entries == 5
     for _ in range(2):  # the first shows that a batch gives a row per sample
         close(cached(cache, x), expected)
-    assert model.rows == 5 + 5 + 5 + 6, "computed plainly, one by one, once as a batch, and two parts of that"
+    assert model.rows == 5 + 5 + 5, "computed plainly, one by one, and once as a batch"
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")

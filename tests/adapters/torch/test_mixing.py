@@ -96,7 +96,7 @@ DTYPES = st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfl
 def test_modules_that_compute_each_sample_by_itself_are_served(names, seed, count, dtype, autocast):
     model, x = built([OWN[name] for name in names], seed, dtype), batch(seed, count, dtype)
     cache = KVCache(256)
-    cache.attach(model, kind="activation")
+    cache.attach(model, kind="activation", check_in_parts=True)
     with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16, enabled=autocast), cache:
         warnings.simplefilter("error")
         for given_ in (x, x, torch.cat([x[:1], batch(seed + 1, 2, dtype)])):
@@ -111,7 +111,7 @@ def test_modules_that_mix_samples_are_bypassed(names, mixes, seed, count, dtype)
     model, x = built([*around, MIXING[mixes], nn.Identity], seed, dtype), batch(seed, count, dtype)
     expected, other = model(x), model(x[1:])
     cache = KVCache(256)
-    cache.attach(model, kind="activation")
+    cache.attach(model, kind="activation", check_in_parts=True)
     with cache:
         with pytest.warns(KVCacheWarning, match="other samples of its batch"):
             assert torch.equal(model(x), expected)
@@ -126,7 +126,7 @@ def test_modules_that_mix_samples_are_bypassed(names, mixes, seed, count, dtype)
 def test_single_samples_before_the_first_batch_prove_nothing(context, singles):
     model, x = Function(lambda x: x - x.mean(0)), batch(0, 6)
     cache = KVCache(64)
-    cache.attach(model, kind="activation")
+    cache.attach(model, kind="activation", check_in_parts=True)
     with context(), cache:
         for row in range(6 if singles else 0):
             assert torch.equal(model(x[row : row + 1]), x[:1] * 0)
@@ -143,7 +143,7 @@ def test_a_batch_in_another_place_or_a_shared_input_that_was_not_named():
             return x @ table.T
 
     cache, x, table = KVCache(64), torch.rand(6, 4), torch.rand(6, 4)
-    model = cache.attach(Table())
+    model = cache.attach(Table(), check_in_parts=True)
     with cache:
         with pytest.warns(KVCacheWarning, match=r"name inputs that belong to all samples in shared="):
             torch.testing.assert_close(model(x, table), x @ table.T)
@@ -158,7 +158,7 @@ def test_flags_decide():
             return x - x.mean(dim, keepdim=True)
 
     cache, x = KVCache(64), batch(0, 6)
-    model = cache.attach(Flagged(), kind="activation")
+    model = cache.attach(Flagged(), kind="activation", check_in_parts=True)
     with cache:
         for _ in range(2):
             assert torch.equal(model(x), x - x.mean(1, keepdim=True))
@@ -171,7 +171,7 @@ def test_flags_decide():
 def test_a_module_that_takes_whole_batches_only():
     model, x = Function(lambda x: x.view(-1, 6, *x.shape[1:]).softmax(1).view_as(x)), batch(0, 6)
     cache = KVCache(64)
-    cache.attach(model, kind="activation")
+    cache.attach(model, kind="activation", check_in_parts=True)
     with cache, pytest.warns(KVCacheWarning, match="alone raise RuntimeError"):
         assert torch.equal(model(x), model.function(x))
 
@@ -186,7 +186,7 @@ def test_a_module_that_computes_into_memory_of_its_own(mixes):
 
     model, x = Function(compute), batch(0, 6)
     cache = KVCache(64)
-    cache.attach(model, kind="activation")
+    cache.attach(model, kind="activation", check_in_parts=True)
     with torch.no_grad(), cache, pytest.warns(KVCacheWarning):
         assert torch.equal(model(x), x - (x.mean(0) if mixes else 1.0))
 
@@ -203,7 +203,7 @@ def test_labels_may_fall_on_the_other_side_where_there_are_many():
         return found
 
     cache = KVCache(64)
-    model = cache.attach(Function(label), kind="activation")
+    model = cache.attach(Function(label), kind="activation", check_in_parts=True)
     with cache:
         model(torch.randn(4, 80, 80))
         model(torch.randn(4, 80, 80))
@@ -215,7 +215,7 @@ def test_gradients_are_those_of_the_whole_batch():
     model(x).square().sum().backward()
     expected = model[0].weight.grad.clone()
     cache = KVCache(64)
-    cache.attach(model, kind="activation")
+    cache.attach(model, kind="activation", check_in_parts=True)
     for turn in range(2):
         model.zero_grad()
         with cache, warnings.catch_warnings():
@@ -228,7 +228,7 @@ def test_gradients_are_those_of_the_whole_batch():
 def test_declared_side_effects_are_not_tried_out():
     calls = []
     cache = KVCache(64)
-    model = cache.attach(Function(lambda x: calls.append(len(x)) or x * 2), kind="activation", side_effects=True)
+    model = cache.attach(Function(lambda x: calls.append(len(x)) or x * 2), side_effects=True, check_in_parts=True)
     with cache:
         model(batch(0, 6))
     assert calls == [6]
@@ -240,7 +240,59 @@ def test_a_compiled_module_that_mixes():
     with torch.no_grad():
         expected = model(x)
         cache = KVCache(64)
-        cache.attach(model, kind="activation")
+        cache.attach(model, kind="activation", check_in_parts=True)
         with cache, pytest.warns(KVCacheWarning, match="other samples"):
             torch.testing.assert_close(model(x), expected)
     torch._dynamo.reset()
+
+
+TIME_IN_FRONT = {
+    "gru": lambda: First(nn.GRU(WIDTH, WIDTH)),
+    "attention": lambda: First(nn.MultiheadAttention(WIDTH, 2), 3),
+    "encoder": lambda: nn.TransformerEncoderLayer(WIDTH, 2, 16),
+    "the batch's statistics": lambda: nn.BatchNorm1d(TOKENS, track_running_stats=False),
+}
+
+
+@pytest.mark.parametrize("name", TIME_IN_FRONT)
+def test_layers_known_to_take_time_in_front_are_checked_unasked(name):
+    model, x = built([TIME_IN_FRONT[name]], 0, torch.float32), batch(0, 6)
+    expected = model(x)
+    cache = KVCache(64)
+    cache.attach(model, kind="activation")
+    with cache:
+        with pytest.warns(KVCacheWarning, match="other samples"):
+            torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(model(x[1:]), model.forward.original(x[1:]))
+    assert cache.stats().entries == 0
+
+
+def test_attention_with_time_in_front_inside_a_module_with_the_batch_in_front_is_served():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(WIDTH, 2)
+
+        def forward(self, x):
+            x = x.transpose(0, 1)
+            return self.attention(x, x, x)[0].transpose(0, 1)
+
+    model, x = built([Turned], 0, torch.float32), batch(0, 6)
+    expected = model(x)
+    cache = KVCache(64)
+    cache.attach(model, kind="activation")
+    for _ in range(2):
+        with cache:
+            torch.testing.assert_close(model(x), expected)
+    assert cache.stats().hit_entries == 6
+
+
+@pytest.mark.parametrize("check", [None, False, True])
+def test_what_is_not_checked_runs_once_per_sample(check):
+    rows = []
+    cache, x = KVCache(64), batch(0, 6)
+    model = cache.attach(Function(lambda x: rows.append(len(x)) or x * 2), kind="activation", check_in_parts=check)
+    with cache:
+        model(x[:4])
+        model(x)
+    assert rows == ([4, 3, 3, 2] if check else [4, 2])
