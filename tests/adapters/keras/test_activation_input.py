@@ -148,8 +148,8 @@ def test_a_weight_of_the_batchs_size_is_no_row_per_sample(how):
     layer.built = True
     run, other = attached(layer, how, cache), np.concatenate([rows(0, 4), rows(1, 1)])
     with cache:
-        run(rows(0))
-        with pytest.warns(KVCacheWarning, match=r"no row per sample \(for 1 samples"):
+        with pytest.warns(KVCacheWarning, match=r"no row per sample \((for 1 samples )?its shapes are"):
+            run(rows(0))  # in a graph the shape is known when it is traced
             assert run(other).shape == (5, 6)
     cache.sites.entries.check_valid()
 
