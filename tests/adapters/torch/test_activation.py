@@ -495,6 +495,7 @@ def test_eval_with_gradients_is_served_and_its_gradients_are_right(model, cache)
         close(weight.grad, grad)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
 @pytest.mark.parametrize("order", [[True, False], [False, True]])
 def test_an_encoder_that_computes_otherwise_without_gradients(order):
     """PyTorch's fast path leaves zeros at padding; it is taken where no gradients flow."""
