@@ -53,11 +53,11 @@ def moved(whole: NDArray[Any], part: NDArray[Any]) -> float:
     nothing about rounding); of other numbers the share of elements that differ: a step between two may fall anywhere.
     """
     whole, part = (x.reshape(len(x), -1) for x in (whole, part))
+    if whole.dtype.kind != "f":
+        return float((whole != part).mean()) if whole.size else 0.0
     differs = (whole != part) & ~(np.isnan(whole) & np.isnan(part))
     if not differs.any():
         return 0.0
-    if whole.dtype.kind != "f":
-        return float(differs.mean())
     one, other = whole.astype(np.float64), part.astype(np.float64)
     if not np.isfinite(one[differs]).all() or not np.isfinite(other[differs]).all():
         return float("inf")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
+from keras.src.backend.common import global_state
 from tensorflow.python.eager import record
 
 from kvcache_core.activation import Bypassed, RowFormat
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Site", "call"]
 
 _Tensor = Any
+_TRAINING = b"training"
 
 
 class Site(GraphSite):
@@ -107,7 +109,7 @@ class Site(GraphSite):
 
     def portable(self) -> tuple[bytes, bytes] | None:
         """What stands for the layer with its weights in any process, and the salt; None if nothing does."""
-        if self.mode() != self.weights.mode():
+        if self.mode().removesuffix(_TRAINING) != self.weights.mode():
             return None  # a graph that was traced when layers were switched otherwise
         weights = self.identity.of(self._state() + self.mode() + self._cache.epoch, lambda: layer_identity(self.module))
         return None if weights is None else (weights, self._cache.salt)
@@ -117,8 +119,14 @@ class Site(GraphSite):
         return export_row, restore_row
 
     def mode(self) -> bytes:
-        """What layers are switched to; all else of how the module computes is among its arguments (``training``)."""
-        return self.weights.mode() if local.samples is None else local.mode
+        """What layers are switched to; all else of how the module computes is among its arguments (``training``).
+
+        One that does not take ``training`` hands on what is said of the call around it.
+        """
+        if local.samples is not None:
+            return local.mode
+        taken = "training" in self.module._call_signature.parameters
+        return self.weights.mode() + _TRAINING * (not taken and bool(training_of({})))
 
     def reason_to_bypass(self, leaves: Sequence[_Tensor], training: Any) -> str | None:
         """Why a call must be computed as outside, or None."""
@@ -132,7 +140,7 @@ class Site(GraphSite):
         if training and self.module.trainable_variables:
             return "the module is called with training=True and is not frozen"
         layers = self.module._flatten_layers()
-        if any(layer._seed_generators and (training or not _is_kerass_own(layer)) for layer in layers):
+        if any(layer._seed_generators and _draws(layer, training) for layer in layers):
             return "the module draws random numbers"
         if any(getattr(layer, "stateful", False) for layer in layers):
             return "a layer keeps a state from call to call"
@@ -160,13 +168,14 @@ class Site(GraphSite):
 def call(cache: KVCache, site: Site, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """The attached layer inside ``with cache:``."""
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
-    if kwargs.get("training") is False:
+    training = training_of(kwargs)
+    if kwargs.get("training") is False and not any(map(_trains_unless_told, site.module._flatten_layers())):
         del kwargs["training"]  # the same as nothing
     try:
         leaves, tree = flatten((args, kwargs), site.is_tensor)
         for leaf in leaves:
             check_dense(leaf)
-        reason = site.reason_to_bypass(leaves, kwargs.get("training"))
+        reason = site.reason_to_bypass(leaves, training)
     except InvalidType as error:
         cache.bypass(0, f"an input cannot be hashed: {error}")
         return original(*args, **kwargs)
@@ -197,6 +206,22 @@ def check_dense(tensor: _Tensor) -> None:
         raise InvalidType(f"a tensor must be dense numbers to be split into samples, got {type(tensor).__name__}")
 
 
-def _is_kerass_own(layer: Any) -> bool:
-    """Whether Keras wrote the layer: those draw random numbers in training only."""
-    return type(layer).__module__.startswith(("keras.", "keras_hub."))
+def training_of(kwargs: Any) -> Any:
+    """What a layer's call, or else the one around it, says of ``training``; None if nothing."""
+    given, context = kwargs.get("training"), global_state.get_global_attribute("current_call_ctx")
+    if given is not None or context is None:
+        return given
+    return context.get_value("training") if hasattr(context, "get_value") else context.training
+
+
+def _draws(layer: Any, training: Any) -> bool:
+    """Whether a layer that has a generator draws from it. Those that Keras wrote draw in training only."""
+    if not type(layer).__module__.startswith(("keras.", "keras_hub.")):
+        return True
+    return _trains_unless_told(layer) if training is None else bool(training)
+
+
+def _trains_unless_told(layer: Any) -> bool:
+    """Whether a layer augments at random unless it is told ``training=False``, as ``RandomFlip`` does."""
+    parameter = layer._call_signature.parameters.get("training")
+    return bool(layer._seed_generators) and parameter is not None and parameter.default is True

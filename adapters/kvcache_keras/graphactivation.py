@@ -115,6 +115,6 @@ def _which_split(site: Site, args: Any, kwargs: Any, leaves: Sequence[_Tensor]) 
     if batch == 0:
         raise Bypassed("the input has no samples: no tensor with a first dimension of at least 1", expected=True)
     return [
-        size != 0 and not shared and (size == batch or size is None or batch is None)
+        size != 0 and not shared and (size == batch or size is None)
         for size, shared in zip(sizes, declared, strict=True)
     ]

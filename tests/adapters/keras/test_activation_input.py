@@ -327,3 +327,80 @@ def test_a_number_in_the_output_is_no_result_of_a_sample(how):
     with cache, pytest.warns(KVCacheWarning, match="plain number"):
         run(tf.constant(rows(0)))
     assert cache.stats().entries == 0 and cache.stats().bypassed_calls == 1
+
+
+class Block(layers.Layer):
+    """A layer that does not take ``training`` and hands it on to those within."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense, self.dropout = layers.Dense(6), layers.Dropout(0.5)
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    def call(self, x):
+        return self.dropout(self.dense(x))
+
+
+@HOW
+def test_dropout_within_a_frozen_layer_that_does_not_take_training(how):
+    block = Block()
+    block.trainable = False
+    model, cache, x = keras.Sequential([keras.Input((6,)), block]), KVCache(64), rows(0)
+    cache.attach(block, kind="activation")
+    run = model if how == "eager" else tf.function(model.__call__)
+    with cache:
+        plain = run(x, training=False)
+        np.testing.assert_allclose(run(x), plain, rtol=1e-5)
+        hits = cache.stats().hit_entries
+        first, second = run(x, training=True), run(x, training=True)
+        assert not np.allclose(first, second) and not np.allclose(first, plain)
+    assert hits == cache.stats().hit_entries == 5 and reasons(cache) == ["the module draws random numbers"]
+
+
+@HOW
+def test_augmentation_that_is_on_unless_told_otherwise(how):
+    layer, cache = layers.RandomFlip(), KVCache(64)
+    cache.attach(layer, kind="activation")
+    x = np.random.default_rng(0).standard_normal((8, 6, 6, 3)).astype("float32")
+    run = layer if how == "eager" else tf.function(layer.__call__)
+    with cache:
+        for _ in range(3):
+            np.testing.assert_array_equal(run(x, training=False), x)
+        assert cache.stats().hit_entries == 16
+        assert not np.array_equal(run(x), run(x))
+    assert cache.stats().hit_entries == 16 and reasons(cache) == ["the module draws random numbers"]
+
+
+@HOW
+def test_strings_in_the_output(how):
+    class Text(layers.Layer):
+        def call(self, x):
+            return tf.strings.as_string(tf.cast(x[:, 0] * 100, tf.int32))
+
+    layer, cache, x = Text(), KVCache(64), rows(0)
+    expected = layer(x)
+    cache.attach(layer, kind="activation")
+    run = layer if how == "eager" else tf.function(layer.__call__)
+    with cache:
+        for _ in range(2):
+            assert run(tf.constant(x)).numpy().tolist() == expected.numpy().tolist()
+    assert cache.stats().hit_entries == 5
+
+
+@HOW
+def test_an_input_of_fixed_size_beside_an_open_batch_belongs_to_all_samples(how):
+    class Masked(layers.Layer):
+        def call(self, x, mask):
+            return x[:, None, :] * mask
+
+    layer, cache = Masked(), KVCache(64)
+    cache.attach(layer, kind="activation")
+    spec = [tf.TensorSpec([None, 6]), tf.TensorSpec([1, 6, 6])]
+    run = layer.call if how == "eager" else tf.function(layer.call, input_signature=spec)
+    mask = tf.constant(np.tril(np.ones((1, 6, 6), "float32")))
+    with cache:
+        for x in (rows(0), rows(0)[1:], rows(0, 2)):
+            np.testing.assert_allclose(run(tf.constant(x), mask), x[:, None] * mask, rtol=1e-6)
+    assert cache.stats().hit_entries == 4 + 2
