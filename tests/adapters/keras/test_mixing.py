@@ -58,7 +58,7 @@ OWN = {
 
 MIXING = {
     "mean": lambda: Function(lambda x: x - ops.mean(x, 0)),
-    "largest": lambda: Function(lambda x: x / ops.max(ops.abs(x))),
+    "largest": lambda: Function(lambda x: x - ops.take(x, ops.argmax(ops.max(ops.abs(x), (1, 2))), 0)),
     "first": lambda: Function(lambda x: x - x[:1]),
     "softmax": lambda: Function(lambda x: ops.softmax(x, 0)),
     "sum over samples": lambda: Function(lambda x: ops.cumsum(x, 0)),

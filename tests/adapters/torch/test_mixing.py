@@ -61,7 +61,7 @@ OWN = {
 MIXING = {
     "mean": lambda: Function(lambda x: x - x.mean(0)),
     "norm": lambda: Function(lambda x: F.normalize(x, dim=0)),
-    "largest": lambda: Function(lambda x: x / x.abs().max()),
+    "largest": lambda: Function(lambda x: x - x[x.abs().amax((1, 2)).argmax()]),
     "first": lambda: Function(lambda x: x - x[:1]),
     "last": lambda: Function(lambda x: x + x[-1:]),
     "softmax": lambda: nn.Softmax(0),
