@@ -20,7 +20,7 @@ from kvcache_core.quantization import decode, encode
 from kvcache_torch import KVCache
 from tests.adapters.torch.hf_models import DECODERS, ENCODER_DECODERS, VOCAB, decoder, encoder_decoder
 from tests.reference_decoder import DecoderConfig, make_weights, run_uncached
-from tests.tiers.backends import CACHES, plain
+from tests.tiers.backends import CACHES, over
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
 
@@ -152,8 +152,9 @@ def test_a_lossy_cache_is_saved_here_and_loaded_there(
     written: Callable[[str, str], Path], writer: str, reader: str, dtype: str
 ) -> None:
     path = written(writer, dtype)
-    other = lossy(reader, CACHES[reader].load(path, promote="always"))
-    assert other.cache.exact is (dtype in ("float16", "bfloat16"))  # whether these lose something the model decides
+    loaded = CACHES[reader].load(path, promote="always")
+    assert loaded.exact is (dtype in ("float16", "bfloat16"))  # whether these lose something the model decides
+    other = lossy(reader, loaded)
     for prompt in prompts():
         check(other, prompt, LENGTH - 1, dtype)
     assert not other.cache.exact
@@ -165,9 +166,7 @@ def test_a_lossy_cache_is_saved_here_and_loaded_there(
 
 
 def lossy(framework: str, cache: Any) -> Any:
-    backend = plain(framework, PLAIN, make_weights(PLAIN), 40)
-    backend.serve_with(cache)
-    return backend
+    return over(framework, PLAIN, make_weights(PLAIN), cache)
 
 
 # ---- beside a state -----------------------------------------------------------------------------------------------

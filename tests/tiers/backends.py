@@ -10,7 +10,7 @@ from tests.adapters.keras import models as keras_models
 from tests.adapters.torch import models as torch_models
 from tests.reference_decoder import DecoderConfig, Weights
 
-__all__ = ["BACKENDS", "tiered"]
+__all__ = ["BACKENDS", "over", "plain", "tiered"]
 
 
 class OpensThroughTiers:
@@ -36,19 +36,7 @@ class TieredTorch(torch_models.TorchBackend):
         self.core = OpensThroughTiers(self.cache)
 
 
-class TieredKeras(keras_models.KerasBackend):
-    def serve_with(self, cache: Any) -> None:
-        """Put another cache in the place of the backend's own."""
-        self.cache.detach()
-        self.cache = cache
-        self.cache.attach(self.model, outputs="last")
-        self.core = OpensThroughTiers(self.cache)
-
-    def fill_with_nan(self) -> None:
-        keras_models.fill_with_nan(self.cache.store)
-
-
-BACKENDS = {"torch": TieredTorch, "keras": TieredKeras}
+BACKENDS = {"torch": TieredTorch, "keras": keras_models.KerasBackend}
 CACHES = {"torch": kvcache_torch.KVCache, "keras": kvcache_keras.KVCache}
 
 
@@ -57,11 +45,15 @@ def plain(framework: str, config: DecoderConfig, weights: Weights, num_blocks: i
     return BACKENDS[framework](config, weights, num_blocks)
 
 
+def over(framework: str, config: DecoderConfig, weights: Weights, cache: Any) -> Any:
+    """A backend of ``framework`` over a cache that has tiers."""
+    backend = BACKENDS[framework](config, weights, 0, cache=cache)
+    backend.core = OpensThroughTiers(cache)
+    return backend
+
+
 def tiered(framework: str, config: DecoderConfig, weights: Weights, num_blocks: int, tiers: Any, **options: Any) -> Any:
     """A backend of ``framework`` whose evicted blocks go to ``tiers``."""
-    backend = plain(framework, config, weights, num_blocks)
     options = {"promote": "always", **options}
-    backend.serve_with(CACHES[framework](num_blocks, block_size=config.block_size, tiers=tiers, **options))
-    if framework == "keras":
-        backend.fill_with_nan()
-    return backend
+    cache = CACHES[framework](num_blocks, block_size=config.block_size, tiers=tiers, **options)
+    return over(framework, config, weights, cache)

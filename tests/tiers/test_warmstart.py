@@ -19,7 +19,7 @@ from kvcache_core.tier_file import FileTier
 from kvcache_core.tiers import open_tier
 from tests.adapters.torch.models import Small
 from tests.reference_decoder import DecoderConfig, decoder_configs, make_weights
-from tests.tiers.backends import CACHES, plain, tiered
+from tests.tiers.backends import CACHES, over, plain, tiered
 
 PLAIN = DecoderConfig(windows=(None, 5), heads=2, kv_heads=1, width=8, block_size=3)
 WEIGHTS = make_weights(PLAIN)
@@ -51,9 +51,8 @@ def saved(framework: str, path: Path, config: DecoderConfig = PLAIN) -> Any:
 
 
 def loaded(framework: str, path: Path, config: DecoderConfig = PLAIN, **options: Any) -> Any:
-    backend = plain(framework, config, make_weights(config), 40)
-    backend.serve_with(CACHES[framework].load(path, **{"promote": "always", **options}))
-    return backend
+    cache = CACHES[framework].load(path, **{"promote": "always", **options})
+    return over(framework, config, make_weights(config), cache)
 
 
 @pytest.mark.parametrize("writer", ["torch", "keras"])

@@ -85,9 +85,17 @@ class Decoder(keras.Model):
 class KerasBackend:
     """The reference driver's view of a Keras model and its cache."""
 
-    def __init__(self, config: DecoderConfig, weights: Weights, num_blocks: int, *, stored: str | None = None) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: Weights,
+        num_blocks: int,
+        *,
+        stored: str | None = None,
+        cache: KVCache | None = None,
+    ) -> None:
         self.model = Decoder(config, weights)
-        self.cache = KVCache(size=num_blocks, block_size=config.block_size, dtype=stored)
+        self.cache = cache or KVCache(size=num_blocks, block_size=config.block_size, dtype=stored)
         self.cache.attach(self.model, outputs="last")
         self.core = self.cache.core
         fill_with_nan(self.cache.store)

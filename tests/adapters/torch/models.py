@@ -95,13 +95,14 @@ class TorchBackend:
         compiler: str | None = None,
         device: str = "cpu",
         stored: str | None = None,
+        cache: KVCache | None = None,
     ) -> None:
         self.decoder = RandomDecoder(config, weights).eval().to(device)
         self.model: Any = self.decoder
         if compiler:
             self.model = torch.compile(self.decoder, backend=compiler, dynamic=True, fullgraph=True)
         self.compiled = compiler is not None
-        self.cache = KVCache(num_blocks, block_size=config.block_size, dtype=stored)
+        self.cache = cache or KVCache(num_blocks, block_size=config.block_size, dtype=stored)
         self.cache.attach(self.model, outputs="last")
         self.core = self.cache.core
         self.device = device
