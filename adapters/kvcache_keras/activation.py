@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.backend.common import global_state
@@ -125,8 +128,8 @@ class Site(GraphSite):
         """
         if local.samples is not None:
             return local.mode
-        taken = "training" in self.module._call_signature.parameters
-        return self.weights.mode() + _TRAINING * (not taken and bool(training_of({})))
+        handed_on = not self.module._call_has_training_arg and bool(training_of({}))
+        return self.weights.mode() + _TRAINING * handed_on
 
     def reason_to_bypass(self, leaves: Sequence[_Tensor], training: Any) -> str | None:
         """Why a call must be computed as outside, or None."""
@@ -223,5 +226,10 @@ def _draws(layer: Any, training: Any) -> bool:
 
 def _trains_unless_told(layer: Any) -> bool:
     """Whether a layer augments at random unless it is told ``training=False``, as ``RandomFlip`` does."""
-    parameter = layer._call_signature.parameters.get("training")
-    return bool(layer._seed_generators) and parameter is not None and parameter.default is True
+    return bool(layer._seed_generators) and _trains_by_default(type(layer))
+
+
+@functools.cache
+def _trains_by_default(kind: type[keras.Layer]) -> bool:
+    parameter = inspect.signature(kind.call).parameters.get("training")
+    return parameter is not None and parameter.default is True
