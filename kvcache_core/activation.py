@@ -139,7 +139,13 @@ class ActivationSite(Proving):
         leaves = samples.leaves if whole else samples.subset(self.take, lookup.compute)
         args, kwargs = samples.tree.rebuild(leaves)
         before = time.perf_counter()
-        output, problem = self.compute(original, args, kwargs, leaves)
+        try:
+            output, problem = self.compute(original, args, kwargs, leaves)
+        except Exception as error:  # whatever a module raises
+            if whole:
+                raise
+            output, reason = self.together(original, samples, len(rows), error)
+            raise Bypassed(reason, output) from error
         after = time.perf_counter()
         payloads = problem or self._split_output(output, len(rows))
         if isinstance(payloads, str):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PART_TOLERANCE", "Proofs", "mixed", "moved", "part_tolerance", "parts_of"]
+__all__ = ["PART_TOLERANCE", "Proofs", "mixed", "moved", "part_tolerance", "parts_of", "raising"]
 
 PART_TOLERANCE = {"float64": 1e-7, "float32": 3e-4, "float16": 0.02, "bfloat16": 0.15}
 """How far results computed in parts may be from those computed whole, per dtype: root mean square of a row's
@@ -73,6 +73,11 @@ def mixed(found: str) -> str:
         f"a sample's result depends on the other samples of its batch ({found}; attach a part that computes each "
         "sample by itself, with the batch in front, and name inputs that belong to all samples in shared=)"
     )
+
+
+def raising(error: Exception) -> str:
+    """What samples were found to do for which the module raised that."""
+    return "raise " + f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 class Proofs:

@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from kvcache_core.mixing import Proofs, mixed, moved, part_tolerance, parts_of
+from kvcache_core.mixing import Proofs, mixed, moved, part_tolerance, parts_of, raising
 from kvcache_core.samples import Samples
 from kvcache_core.tree import flatten
 
@@ -77,8 +77,7 @@ class Proving(ABC):
                 part, problem = self.compute(original, args, kwargs, some)
                 found, shape = flatten(part, self.is_tensor)
             except Exception as error:  # whatever a module raises that needs the other samples
-                said = f"{type(error).__name__}: {error}".partition("\n")[0]
-                return mixed(f"{alone} raise {said}")
+                return mixed(f"{alone} {raising(error)}")
             if problem:
                 return problem
             if shape != tree:
@@ -86,6 +85,18 @@ class Proving(ABC):
             if why := self.why_mixed(whole, [self.numbers(leaf) for leaf in found], rows, dtypes):
                 return why
         return ""
+
+    def together(self, original: Callable[..., Any], samples: Samples, count: int, error: Exception) -> tuple[Any, str]:
+        """All samples' output where the module raised for ``count`` of them, and why it is left out from now on.
+
+        Raises:
+            Exception: it raises for all of them, too. So it does without the cache: nothing speaks against the module.
+        """
+        args, kwargs = samples.tree.rebuild(samples.leaves)
+        output, _ = self.compute(original, args, kwargs, samples.leaves)
+        reason = mixed(f"{count} of {samples.count} samples alone {raising(error)}")
+        self.proofs.settle(samples.way, reason)
+        return output, reason
 
     def why_mixed(
         self, whole: Sequence[Numbers], part: Sequence[Numbers], rows: Sequence[int], dtypes: Iterable[str]

@@ -296,3 +296,31 @@ def test_what_is_not_checked_runs_once_per_sample(check):
         model(x[:4])
         model(x)
     assert rows == ([4, 3, 3, 2] if check else [4, 2])
+
+
+def test_a_mask_as_large_as_the_batch_that_was_not_named():
+    """Its rows pass for the samples': a part of the batch would get a part of the mask."""
+    model = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True).eval().requires_grad_(False)
+    mask = torch.triu(torch.ones(TOKENS, TOKENS), 1).bool()
+    cache, x = KVCache(64), batch(0, TOKENS)
+    mixture = torch.cat([x[:3], batch(1, 2)])
+    expected = model(x, mask), model(mixture, mask)
+    cache.attach(model)
+    with cache:
+        torch.testing.assert_close(model(x, mask), expected[0])
+        with pytest.warns(KVCacheWarning, match=r"2 of 5 samples alone raise RuntimeError.*in shared="):
+            torch.testing.assert_close(model(mixture, mask), expected[1])
+        torch.testing.assert_close(model(mixture, mask), expected[1])
+    assert cache.stats().hit_entries == 3 and cache.stats().bypassed_calls == 2
+
+
+def test_an_input_that_a_module_refuses_does_not_speak_against_the_module():
+    model = nn.Sequential(nn.Embedding(10, WIDTH)).requires_grad_(False)
+    cache, x = KVCache(64), torch.arange(8).view(4, 2)
+    cache.attach(model, kind="activation")
+    with cache:
+        model(x)
+        with pytest.raises(IndexError):
+            model(torch.cat([x[:1], x[:1] + 100]))
+        assert torch.equal(model(x), model[0].weight[x])
+    assert cache.stats().hit_entries == 1 + 4 and not cache.stats().bypassed_calls
