@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache_core.sampling import log_softmax
+from kvcache_core.testing_bound import Errors, over_draws
 from kvcache_torch import KVCache, generate, score, stream
 from tests.adapters.torch.models import RandomDecoder, Small, prompt
 from tests.reference_decoder import decoder_configs, make_weights, run_uncached
@@ -26,22 +27,29 @@ PAIRS = st.lists(
 @given(config=decoder_configs(max_layers=2), seed=st.integers(0, 99), pairs=PAIRS, chunk=st.sampled_from([None, 5]))
 @settings(max_examples=25)
 def test_scores_equal_a_float64_recompute(config, seed, pairs, chunk):
-    """The error against float64 is at most 1.5 times that of the uncached run, plus an ulp of the largest logit."""
+    """The error against float64 is at most 1.5 times that of the uncached run, plus 4 ulp of the largest logit: of this
+    draw, or else of the mean of this one and a dozen more (one draw's error may be near zero by chance).
+    """
     weights = make_weights(config)
     model = RandomDecoder(config, weights).eval()
-    base = np.random.default_rng(seed).integers(0, config.vocab, 30).tolist()
-    asked = [(base[:cut] + tail, continuation) for (cut, tail), continuation in pairs]
     cache = KVCache(400, block_size=config.block_size)
-    cached, plain = score(model, asked, cache=cache, prefill_chunk=chunk), score(model, asked)
-    errors, largest = {"cached": 0.0, "plain": 0.0}, 0.0
-    for (start, continuation), one, other in zip(asked, cached, plain, strict=True):
-        logits = run_uncached(config, weights, [*start, *continuation], np.float64)[len(start) - 1 : -1]
-        largest = max(largest, float(np.abs(logits).max()))
-        exact = log_softmax(logits)[np.arange(len(continuation)), continuation]
-        for name, found in (("cached", one), ("plain", other)):
-            errors[name] = max(errors[name], float(np.abs(found.token_log_likelihoods - exact).max()))
-    ulp = float(np.spacing(np.array(largest, config.dtype)))
-    assert errors["cached"] <= 1.5 * errors["plain"] + 4 * ulp
+    cache.attach(model, outputs="last")
+
+    def draw(number: int) -> Errors:
+        base = np.random.default_rng([seed, number]).integers(0, config.vocab, 30).tolist()
+        asked = [(base[:cut] + tail, continuation) for (cut, tail), continuation in pairs]
+        cached = score(model, asked, cache=cache, prefill_chunk=chunk)
+        errors, largest = [0.0, 0.0], 0.0
+        for (start, continuation), *found in zip(asked, cached, score(model, asked), strict=True):
+            logits = run_uncached(config, weights, [*start, *continuation], np.float64)[len(start) - 1 : -1]
+            largest = max(largest, float(np.abs(logits).max()))
+            exact = log_softmax(logits)[np.arange(len(continuation)), continuation]
+            error = [float(np.abs(one.token_log_likelihoods - exact).max()) for one in found]
+            errors = list(map(max, errors, error))
+        return Errors(*errors, slack=4 * float(np.spacing(np.array(largest, config.dtype))))
+
+    errors, _ = over_draws(draw(0), draw)
+    assert errors.holds, errors
     cache.core.check_valid()
     assert cache.stats().open_sequences == 0
 
