@@ -44,9 +44,8 @@ def replica(framework: str, url: str, length: str, name: str | None = None) -> N
     for line in sys.stdin:
         cache.clear()  # an empty pool, as on a machine that has just started
         before, started = cache.stats(), time.perf_counter()
-        answer = kvcache.generate(model, [tokens(int(line), int(length)) + question], max_new_tokens=NEW, cache=cache)[
-            0
-        ]
+        prompt = tokens(int(line), int(length)) + question
+        [answer] = kvcache.generate(model, [prompt], max_new_tokens=NEW, cache=cache)
         took, after = time.perf_counter() - started, cache.stats()
         cache.flush()
         print(

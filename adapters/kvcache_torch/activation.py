@@ -41,6 +41,7 @@ class Site(ActivationSite):
         self._identity = (identity or "").encode()
         self._number = cache.sites.number(module).to_bytes(8, "little")
         self._modules = list(module.modules())
+        self._has_fast_path = any(isinstance(part, _FAST_PATHS) for part in self._modules)
         self._weights = Fingerprint(module, cache.verify)
         self._looks = cache.looks
 
@@ -141,7 +142,7 @@ class Site(ActivationSite):
 
     def computes_by_gradients(self) -> bool:
         """Whether gradients would flow, and the module computes in another way where none do."""
-        return self.trains() and any(isinstance(module, _FAST_PATHS) for module in self._modules)
+        return self._has_fast_path and self.trains()
 
     def reason_to_bypass(self, args: Any, kwargs: Any) -> str | None:
         """Why a call must be computed as outside, or None."""
