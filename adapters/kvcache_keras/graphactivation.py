@@ -66,38 +66,68 @@ def _looked_up_or_computed(
         return _flat(outputs)
 
     # Traced before the call that decides about it: only now is it known what that call brings.
-    spec = (tf.TensorSpec([None], tf.int32),)
+    spec = (tf.TensorSpec([None], tf.int64),)
     computing = tf.function(compute, input_signature=spec, autograph=False).get_concrete_function()
     shape, types, known = found
     weights, mode, dtypes = site.weights, site.mode(), [leaf.dtype for leaf in leaves]
 
+    nothing = np.zeros(0, np.int64)
+
     def begin(*arrays: Any) -> list[Any]:
         state = weights.digest_of_samples(arrays[len(leaves) :])
         number, rows, results = site.begin(tree, split, dtypes, arrays[: len(leaves)], state, mode, shape)
-        computes = results is None
-        if results is None:
-            results = [np.zeros(0, dtype.as_numpy_dtype) for dtype in types]
-        return [np.bool_(computes), np.int64(number), np.array(rows, np.int32), *results]
+        if results is not None:
+            return [nothing, *results]
+        return [np.array([number, *rows], np.int64), *(np.zeros(0, dtype.as_numpy_dtype) for dtype in types)]
 
     def finish(number: Any, *outputs: Any) -> list[Any]:
         number, rows, results = site.finish(int(number), outputs)
-        return [np.bool_(len(rows) > 0), np.int64(number), np.array(rows, np.int32), *results]
+        return [np.array([number, *rows], np.int64) if rows else nothing, *results]
 
-    def step(_: _Tensor, number: _Tensor, rows: _Tensor, *results: _Tensor) -> list[_Tensor]:
-        return _shaped(tf.numpy_function(finish, [number, *_flat(computing(rows))], kinds))
+    def step(call: _Tensor, *_: _Tensor) -> list[_Tensor]:
+        return _of_host(finish, [call[0], *_flat(computing(call[1:]))], types)
 
-    kinds = [tf.bool, tf.int64, tf.int32, *types]
-    first = _shaped(tf.numpy_function(begin, [*leaves, *weights.sample()], kinds))
-    open_shapes = [tensor.shape for tensor in first[:3]] + [tf.TensorShape(None)] * len(types)
-    loop = tf.while_loop(lambda computes, *_: computes, step, first, open_shapes)
-    return list(loop[3:]), shape, known
+    def steps(call: _Tensor, *results: _Tensor) -> list[_Tensor]:
+        open_shapes = [call.shape, *[tf.TensorShape(None)] * len(results)]
+        return list(tf.while_loop(_computes, step, [call, *results], open_shapes)[1:])
+
+    first = _of_host(begin, [*leaves, *weights.sample()], types)
+    return _unless_there(steps, first), shape, known
 
 
-def _shaped(tensors: Sequence[_Tensor]) -> list[_Tensor]:
-    """What the host gives: whether something is to be computed, a number, the samples [R], the results."""
-    for tensor, size in zip(tensors, ([], [], [None]), strict=False):
-        tensor.set_shape(size)
-    return list(tensors)
+def _of_host(function: Callable[..., list[Any]], inputs: Sequence[_Tensor], types: Sequence[tf.DType]) -> list[_Tensor]:
+    """What the host gives: int64 [1 + R], the call's number and the samples to compute, or [0]; the results.
+
+    The former are one tensor, because each one that leaves the host or goes round a loop takes its time.
+    """
+    call, *results = tf.numpy_function(function, inputs, [tf.int64, *types])
+    call.set_shape([None])
+    return [call, *results]
+
+
+def _computes(call: _Tensor, *_: _Tensor) -> _Tensor:
+    return tf.size(call) > 0
+
+
+def _unless_there(steps: Callable[..., list[_Tensor]], first: Sequence[_Tensor]) -> list[_Tensor]:
+    """The results that the host gave, or those of ``steps`` where samples are to be computed.
+
+    An ``If`` that stays one operation: ``tf.cond`` and ``tf.while_loop`` become a few for each tensor that is read
+    inside, and these run in each call.
+    """
+    specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in first]
+    computed = tf.function(steps, input_signature=specs, autograph=False).get_concrete_function()
+    read = computed.captured_inputs
+    specs += [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in read]
+    there = tf.function(lambda *given: given[1 : len(first)], input_signature=specs, autograph=False)
+    found: list[_Tensor] = tf.raw_ops.If(
+        cond=_computes(*first),
+        input=[*first, *read],
+        Tout=[result.dtype for result in first[1:]],
+        then_branch=computed,
+        else_branch=there.get_concrete_function(),
+    )
+    return found
 
 
 def _flat(tensors: Any) -> list[_Tensor]:
