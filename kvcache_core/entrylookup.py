@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 __all__ = ["Below", "Entry", "EntryLookup"]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One result that is kept.
+class Entry(NamedTuple):
+    """One result that is kept. A tuple: it is made in half the time of a dataclass.
 
     Attributes:
         key: its content key.

@@ -123,6 +123,19 @@ class BlockPool:
         self.ref[block] = 1
         return block, True
 
+    def fill(self, count: int) -> list[int]:
+        """Make so many free blocks cached; there must be as many.
+
+        As if taken, marked findable and released, the last one first: the first one is evicted before the others.
+        """
+        blocks: list[int] = []
+        while len(blocks) < count:
+            blocks += self.free.take_run(count - len(blocks))
+        ids = id_array(blocks)
+        self._findable.put(ids, True)
+        self.lru.push(ids)
+        return blocks
+
     def retain(self, blocks: Sequence[int] | BlockArray) -> None:
         """Add one reference to each block; null blocks are skipped.
 

@@ -6,6 +6,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 __all__ = ["LimitOf", "SharedLimit", "UseClock", "no_limit"]
 
 
@@ -21,10 +24,10 @@ class UseClock:
         self.now = 0
         self.lock = threading.RLock()
 
-    def tick(self, count: int) -> range:
+    def tick(self, count: int) -> NDArray[np.int64]:
         """The times of ``count`` blocks that are released now, one behind the other."""
         self.now += count
-        return range(self.now - count + 1, self.now + 1)
+        return np.arange(self.now - count + 1, self.now + 1, dtype=np.int64)
 
 
 class SharedLimit(Protocol):

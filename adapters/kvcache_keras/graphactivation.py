@@ -11,6 +11,7 @@ import tensorflow as tf
 from kvcache_core.activation import NUMBER_IN_OUTPUT, Bypassed
 from kvcache_core.tree import Tree, flatten
 from kvcache_keras.context import not_recording
+from kvcache_keras.graphsite import Traced
 
 if TYPE_CHECKING:
     from kvcache_keras.activation import Site
@@ -69,13 +70,12 @@ def _looked_up_or_computed(
     spec = (tf.TensorSpec([None], tf.int64),)
     computing = tf.function(compute, input_signature=spec, autograph=False).get_concrete_function()
     shape, types, known = found
-    weights, mode, dtypes = site.weights, site.mode(), [leaf.dtype for leaf in leaves]
-
-    nothing = np.zeros(0, np.int64)
+    traced = Traced(tree, split, [leaf.dtype for leaf in leaves], site.mode(), shape)
+    weights, nothing = site.weights, np.zeros(0, np.int64)
 
     def begin(*arrays: Any) -> list[Any]:
         state = weights.digest_of_samples(arrays[len(leaves) :])
-        number, rows, results = site.begin(tree, split, dtypes, arrays[: len(leaves)], state, mode, shape)
+        number, rows, results = site.begin(traced, arrays[: len(leaves)], state)
         if results is not None:
             return [nothing, *results]
         return [np.array([number, *rows], np.int64), *(np.zeros(0, dtype.as_numpy_dtype) for dtype in types)]

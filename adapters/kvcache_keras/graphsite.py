@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvcache_core.activation import ActivationSite, Bypassed
 from kvcache_core.entryformat import EntryForm, Payload
@@ -19,7 +20,7 @@ from kvcache_core.mixing import parts_of
 from kvcache_core.tree import Tree
 from kvcache_keras.context import local
 
-__all__ = ["GraphSite"]
+__all__ = ["GraphSite", "Traced"]
 
 _PENDING_AT_MOST = 256
 """Looked-up calls whose graph never came back (it raised) are forgotten beyond this number."""
@@ -28,28 +29,56 @@ _PAST = -1
 
 
 @dataclass(slots=True)
+class Traced:
+    """A call of the layer as a graph has it: traced once, run many times.
+
+    Attributes:
+        tree: the structure of its inputs.
+        split: per input, whether its rows are the samples'.
+        dtypes: per input.
+        mode: what layers were switched to.
+        output: the structure of its output.
+        ways: how the module is called, by the inputs' numbers of dimensions.
+    """
+
+    tree: Tree
+    split: Sequence[bool]
+    dtypes: Sequence[Any]
+    mode: bytes
+    output: Tree
+    ways: dict[tuple[int, ...], tuple[bytes, ...]] = field(default_factory=dict)
+
+    def way(self, site: ActivationSite, arrays: Sequence[NDArray[Any]]) -> tuple[bytes, ...]:
+        """How the module is called with these inputs."""
+        ranks = tuple([array.ndim for array in arrays])
+        way = self.ways.get(ranks)
+        if way is None:
+            way = self.ways[ranks] = site.way(self.tree, self.split, self.dtypes, arrays, self.mode)
+        return way
+
+
+@dataclass(slots=True)
 class _Pending:
     """A call of a graph that was looked up and now computes.
 
     Attributes:
+        traced: the graph's call.
         lookup: what was found.
-        form, tree: of its output.
+        form: of its output.
         spent, since: looking up took so many seconds, and ended then.
         way: how the module is called.
         parts: samples whose results are yet to be computed without the others, to see that they are the same.
-        dtypes: of the inputs.
         whole: the output of all, which they are compared with.
         computing: seconds it took.
     """
 
+    traced: Traced
     lookup: EntryLookup
     form: EntryForm | None
-    tree: Tree
     spent: float
     since: float
     way: tuple[bytes, ...]
     parts: list[list[int]]
-    dtypes: list[str]
     whole: list[Any] = field(default_factory=list)
     computing: float = 0.0
 
@@ -67,22 +96,15 @@ class GraphSite(ActivationSite):
         """Count a call that goes past the cache."""
 
     def begin(
-        self,
-        tree: Tree,
-        split: Sequence[bool],
-        dtypes: Sequence[Any],
-        arrays: Sequence[Any],
-        weights: bytes,
-        mode: bytes,
-        output: Tree,
-    ) -> tuple[int, list[int], list[Any] | None]:
-        """Look up samples of a graph that found these weights, and computes as layers were switched when it was traced.
+        self, traced: Traced, arrays: Sequence[NDArray[Any]], weights: bytes
+    ) -> tuple[int, list[int], list[NDArray[Any]] | None]:
+        """Look up the samples of a graph's call that found these weights.
 
         Returns:
             The call's number, the samples to compute, and the whole result [B, ...] if there are none.
         """
         start = time.perf_counter()
-        count = next(len(array) for array, mine in zip(arrays, split, strict=False) if mine)
+        count = next(len(array) for array, mine in zip(arrays, traced.split, strict=True) if mine)
         past = _PAST, list(range(count)), None
         if self.worth.skip:
             self.worth.skip -= 1
@@ -90,13 +112,13 @@ class GraphSite(ActivationSite):
             return past
         if not count:
             return past
-        way = self.way(tree, split, dtypes, arrays, mode)
+        way = traced.way(self, arrays)
         if refusal := self.proofs.refusal(way):
             self.bypass(refusal)
             return past
-        local.samples, local.mode = weights, mode  # of this thread: graphs may run side by side
+        local.samples, local.mode = weights, traced.mode  # of this thread: graphs may run side by side
         try:
-            keys, form = self.keys(way, split, arrays), self.form(output)
+            keys, form = self.keys(way, traced.split, arrays), self.form(traced.output)
         finally:
             local.samples = None
         shown = count == 1 or way in self.proofs or not self.is_checked()
@@ -107,8 +129,7 @@ class GraphSite(ActivationSite):
         if shown and not lookup.compute and not self.worth.wants_measure:
             return self._found(lookup, start) or past
         number, now = next(self._numbers), time.perf_counter()
-        names = [dtype.name for dtype, mine in zip(dtypes, split, strict=False) if mine]
-        self.pending[number] = _Pending(lookup, form, output, now - start, now, way, parts, names)
+        self.pending[number] = _Pending(traced, lookup, form, now - start, now, way, parts)
         while len(self.pending) > _PENDING_AT_MOST:
             self.pending.popitem(last=False)
         return number, (lookup.compute if shown else []) or past[1], None
@@ -172,7 +193,8 @@ class GraphSite(ActivationSite):
         else:
             rows = _repeated(call.parts.pop(0), call)
             whole, part = ([self.numbers(array) for array in arrays] for arrays in (call.whole, outputs))
-            reason = self.why_mixed(whole, part, rows, call.dtypes)
+            dtypes = [dtype.name for dtype, mine in zip(call.traced.dtypes, call.traced.split, strict=True) if mine]
+            reason = self.why_mixed(whole, part, rows, dtypes)
         if not reason and call.parts:
             return _repeated(call.parts[0], call)
         self.proofs.settle(call.way, reason)
@@ -200,10 +222,11 @@ class GraphSite(ActivationSite):
         self._check_rows(outputs, count if is_whole else len(lookup.compute))
         if not lookup.compute:
             return list(outputs)
-        columns = [self.copies(output if not is_whole else output[lookup.compute]) for output in outputs]
-        computed: list[Payload] = [(call.tree, [row for row, _ in rows]) for rows in zip(*columns, strict=True)]
-        sizes = [sum(size for _, size in rows) for rows in zip(*columns, strict=True)]
-        self.entries.keep(lookup, computed, sizes, call.form)
+        kept = [output[lookup.compute] for output in outputs] if is_whole else outputs
+        columns = [[np.array(row) for row in output] for output in kept]  # a view would keep its whole batch in memory
+        computed: list[Payload] = [(call.traced.output, rows) for rows in zip(*columns, strict=True)]
+        size = sum(output.nbytes for output in kept) // len(computed)
+        self.entries.keep(lookup, computed, [size] * len(computed), call.form)
         if is_whole or len(computed) == count:
             return list(outputs)
         return _stacked(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvcache_core import BlockError, CacheFull, InvalidInput
 from kvcache_core.pool import BlockPool
+from kvcache_core.types import id_array
 
 
 def _cached(pool, count):
@@ -196,6 +197,29 @@ def test_drop_cached_frees_all_but_live_blocks():
     assert sorted(pool.drop_cached()) == cached
     assert (pool.num_free, pool.num_cached, pool.num_live) == (4, 0, 1)
     assert pool.refs(live[0]) == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 5])
+def test_filling_is_taking_marking_and_releasing(count):
+    def holed():
+        """Two blocks held, two cached, five free in two runs."""
+        pool = BlockPool(9)
+        taken = pool.take(6)[0]
+        pool.mark_all_findable(id_array(taken[:2]))
+        pool.release(taken[:2])
+        pool.release([taken[3], taken[4]])
+        return pool
+
+    filled, stepwise = holed(), holed()
+    blocks = filled.fill(count)
+    taken = stepwise.take(count)[0]
+    stepwise.mark_all_findable(id_array(taken))
+    stepwise.release(taken[::-1])
+    for pool in (filled, stepwise):
+        pool.check_valid()
+    assert sorted(blocks) == sorted(taken) and filled.lru_order()[2:] == blocks
+    assert filled.lru_order()[:2] == stepwise.lru_order()[:2]
+    assert (filled.num_free, filled.num_cached, filled.num_live) == (5 - count, 2 + count, 2)
 
 
 def test_the_release_queue_does_not_grow_with_use():

@@ -18,6 +18,7 @@ from kvcache_core import AfterSightings, KVCacheWarning, UsageError
 from kvcache_core.tree import flatten
 from kvcache_keras import KVCache
 from kvcache_keras.activation import Site
+from kvcache_keras.graphsite import Traced
 from tests.adapters.clock import Clock
 
 
@@ -207,7 +208,7 @@ def test_graphs_side_by_side_go_by_their_own_weights(layer, cache, monkeypatch):
     found = site.weights.digest()
     layer.dense.kernel.assign(layer.dense.kernel * 2.0)
     tree = flatten(((rows(2),), {}), site.is_tensor)[1]
-    site.begin(tree, [True], [tf.float32], [rows(2)], found, b"", None)
+    site.begin(Traced(tree, [True], [tf.float32], b"", tree), [rows(2)], found)
     assert states == [found, found]
 
 
