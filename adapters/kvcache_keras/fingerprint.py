@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
+from tensorflow.core.framework import resource_handle_pb2, tensor_pb2
 
 from kvcache_core.sources import Source
 from kvcache_core.switches import Switches
@@ -28,7 +30,12 @@ _ALL_BELOW = 4096
 _PLACES = 64
 """Elements looked at in a larger one, its first and last among them."""
 
-_READ = b"_ReadVariablesOp"
+_INLINE = ("executor_type", "SINGLE_THREADED_EXECUTOR")
+"""Has the calling thread run a graph: no other one is woken."""
+
+_may_share_memory = getattr(np.may_share_memory, "_implementation", np.may_share_memory)
+"""Without numpy's call of Python for each pair, which asks whether a class of arrays has a function of its own."""
+
 _value_of = attrgetter("_value")
 """A weight's variable itself; ``value`` would first ask whether an autocast scope is active."""
 
@@ -65,7 +72,7 @@ class Fingerprint:
         self._attributes = list(map(vars, self._all))
         variables = [one for one, source in zip(self._all, self._sources, strict=True) if source is None]
         self._files = b"".join(source.identity for source in self._sources if source is not None)
-        self._here = [one for one in variables if verify == "full" or "CPU" in one.device.upper() or not one.device]
+        self._here = [one for one in variables if verify == "full" or _on_cpu(one)]
         by_dtype: dict[Any, list[Any]] = {}
         for variable in variables:
             if not any(map(is_, itertools.repeat(variable), self._here)):
@@ -73,18 +80,19 @@ class Fingerprint:
         self._away = list(by_dtype.values())
         self._bits = [_bits_of(variable.dtype) for variable in self._here] + [_bits_of(dtype) for dtype in by_dtype]
         self._held: list[NDArray[Any]] | None = None
-        self._read_all = None if self._away or verify == "never" else _one_read(self._here)
+        self._read_all = _one_read(variables) if verify != "never" and all(map(_on_cpu, variables)) else None
 
-        def sample() -> list[_Tensor]:
-            if verify == "never":
+    @functools.cached_property
+    def sample(self) -> Callable[[], Sequence[_Tensor]]:
+        """What a look reads; may be called in a graph, where it costs no host call."""
+
+        def values() -> list[_Tensor]:
+            if self._verify == "never":
                 return []
             here = [variable.value() for variable in self._here]
             return here + [tf.concat([_look(*one) for one in group], axis=0) for group in self._away]
 
-        with tf.init_scope():
-            # Concrete: a tf.function would look for the graph that fits its arguments at each call; there are none.
-            self.sample = tf.function(sample, input_signature=(), autograph=False).get_concrete_function()
-        """What a look reads; may be called in a graph, where it costs no host call."""
+        return _graph(values)
 
     def is_of(self, model: Any) -> bool:
         """Whether the model still has the variables this was made for."""
@@ -99,8 +107,8 @@ class Fingerprint:
         if self._verify == "never" or self._held is None:
             return False
         with tf.init_scope(), self._lock:
-            samples = (self._read_all or self.sample)()
-            return any(not np.array_equal(self._held[at], now) for at, now in self._elsewhere(self._held, samples))
+            moved = self._elsewhere(self._held, (self._read_all or self.sample)())
+            return any(not np.array_equal(self._held[at], now) for at, now in moved)
 
     def digest(self) -> bytes:
         """Bytes that stand for the weights as they are now."""
@@ -125,8 +133,7 @@ class Fingerprint:
 
     def _elsewhere(self, held: Sequence[NDArray[Any]], samples: Sequence[_Tensor]) -> list[tuple[int, NDArray[Any]]]:
         """What was read from other memory than what is held, with its number."""
-        # Array by array: each takes the memory of the one before, which is faster than a list of them.
-        pairs = map(np.may_share_memory, held, self._arrays(samples))
+        pairs = map(_may_share_memory, held, samples)
         return [(at, np.frombuffer(samples[at], self._bits[at])) for at, same in enumerate(pairs) if not same]
 
     def _compare(self, samples: Sequence[_Tensor]) -> None:
@@ -198,28 +205,61 @@ def _tracked(model: Any) -> list[Any]:
     return found if optimizer is None else [*found, optimizer.iterations]
 
 
-def _one_read(variables: Sequence[tf.Variable]) -> Callable[[], Sequence[_Tensor]] | None:
-    """A function that reads all variables in one operation, or None where TensorFlow's own one is missing.
+def _on_cpu(variable: tf.Variable) -> bool:
+    return "CPU" in variable.device.upper() or not variable.device
 
-    There is no public name for it. A graph that reads them takes 2.5 times as long, an operation for each of them eight
-    times.
+
+def _graph(function: Callable[[], Any]) -> Any:
+    with tf.init_scope():
+        # Concrete: a tf.function would look for the graph that fits its arguments at each call; there are none.
+        return tf.function(function, input_signature=(), autograph=False).get_concrete_function()
+
+
+def _one_read(variables: Sequence[tf.Variable]) -> Callable[[], Sequence[NDArray[Any]]] | None:
+    """A function that gives the memory of all variables, or None where TensorFlow's private parts are missing.
+
+    To read takes less time than what TensorFlow does for each argument and each result of a call. So the graph finds
+    the variables by name and hands their memory to numpy itself, in the calling thread.
     """
-    handles, count = [variable.handle for variable in variables], len(variables)
-    dtypes = tuple(variable.dtype.as_datatype_enum for variable in variables)
-    attributes = ("N", count, "dtypes", dtypes)
+    found: list[Sequence[NDArray[Any]]] = []
+    lock = threading.Lock()
 
-    def read() -> Sequence[_Tensor]:
-        found: Sequence[_Tensor] = execute.execute(_READ, count, handles, attributes, context.context())
-        return found
+    def take(*memory: NDArray[Any]) -> np.bool_:
+        found[:] = [memory]
+        return np.bool_(True)
+
+    def read() -> Sequence[NDArray[Any]]:
+        with lock:
+            execute.execute(graph.name, 1, [], _INLINE, context.context())
+            return found.pop()
 
     try:
         from tensorflow.python.eager import context, execute
 
         with tf.init_scope():
+            names = list(map(_name_of, variables))
+            graph = _graph(lambda: tf.numpy_function(take, list(map(_read_by_name, variables, names)), tf.bool))
             read()
     except (ImportError, AttributeError, TypeError, tf.errors.OpError):
         return None
     return read
+
+
+def _name_of(variable: tf.Variable) -> Any:
+    """The ``container`` and the ``name`` by which TensorFlow finds a variable."""
+    # A handle tells them only when it is serialized: behind its length, which ends with the first byte below 128.
+    serialized = tf.io.serialize_tensor(variable.handle).numpy()
+    content = tensor_pb2.TensorProto.FromString(serialized).tensor_content
+    start = next(at for at, byte in enumerate(content, 1) if byte < 128)
+    return resource_handle_pb2.ResourceHandleProto.FromString(content[start:])
+
+
+def _read_by_name(variable: tf.Variable, name: Any) -> _Tensor:
+    with tf.device(variable.device):
+        handle = tf.raw_ops.VarHandleOp(
+            dtype=variable.dtype, shape=variable.shape, container=name.container, shared_name=name.name
+        )
+        return tf.raw_ops.ReadVariableOp(resource=handle, dtype=variable.dtype)
 
 
 def _bits_of(dtype: tf.DType) -> np.dtype[Any]:

@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorflow.core.framework import resource_handle_pb2
 from tensorflow.python import eager
 
 from kvcache_core import StaleSequence
@@ -338,10 +339,11 @@ def test_the_same_values_elsewhere_in_memory_are_no_change():
     assert cache.stats().hit_entries == 6
 
 
-@pytest.mark.parametrize("missing", ["the operation", "the module"])
-def test_without_the_private_operation_a_look_notices_the_same(missing, monkeypatch):
-    if missing == "the operation":
-        monkeypatch.setattr(fingerprint, "_READ", b"_ReadNothingOp")
+@pytest.mark.parametrize("missing", ["the name", "the module"])
+def test_without_tensorflows_private_parts_a_look_notices_the_same(missing, monkeypatch):
+    if missing == "the name":
+        nobody = resource_handle_pb2.ResourceHandleProto(container="Anonymous", name="nobody's")
+        monkeypatch.setattr(fingerprint, "_name_of", lambda variable: nobody)
     else:
         monkeypatch.setitem(sys.modules, "tensorflow.python.eager.execute", None)
         monkeypatch.delattr(eager, "execute")
