@@ -17,7 +17,7 @@ VERIFY = ("sample", "full", "never")
 """What a cache looks at to notice changed weights."""
 
 _ALWAYS = 8
-"""Elements of each array that every look compares; arrays up to four times as large are compared whole."""
+"""Every look compares at least so many elements of each array; arrays up to four times as large it compares whole."""
 _WHOLE_BELOW = 1 << 16
 """Up to so many elements in all arrays together, every look compares every element."""
 _PHASES = 64
@@ -44,8 +44,8 @@ class ContentSample:
     """A strided sample of arrays that others may write to; it reads them in place.
 
     A look compares some elements of each array with what they were: a change of a whole array is noticed at once.
-    Of arrays with many rows each look compares other rows, so that a change of a single row is noticed within
-    64 looks; where all arrays together are small, every look compares every element.
+    Each look compares other rows, so that a change of a single row is noticed within 64 looks, and of arrays with few
+    rows always the same elements besides; where all arrays together are small, every look compares every element.
 
     Args:
         arrays: flat views of the weights' memory.
@@ -62,8 +62,9 @@ class ContentSample:
             if small or bits.size <= 4 * _ALWAYS:
                 always.append(bits)
                 continue
-            always += (bits[:: -(-bits.size // _ALWAYS)], bits[-1:])
             rotating.append(bits[:: max(1, row - 1)])
+            if rotating[-1].size < _PHASES * _ALWAYS:  # a look's share of them is too small
+                always += (bits[:: -(-bits.size // _ALWAYS)], bits[-1:])
         self._arrays = list(arrays)  # the memory that is read
         self._always, self._rotating = _places_of(always, 1), _places_of(rotating, _PHASES)
         self._next = 0
