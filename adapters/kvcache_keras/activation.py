@@ -18,7 +18,7 @@ from kvcache_core.described import ModuleIdentity
 from kvcache_core.errors import InvalidType
 from kvcache_core.tree import flatten
 from kvcache_core.worth import Worth
-from kvcache_keras.context import local, not_recording, recording
+from kvcache_keras.context import local, not_recording, reason_of_scope, recording
 from kvcache_keras.fingerprint import Fingerprint
 from kvcache_keras.graphactivation import ADDED_LOSS, call_in_graph
 from kvcache_keras.graphsite import GraphSite
@@ -182,8 +182,10 @@ def call(cache: KVCache, site: Site, original: Callable[..., Any], args: Any, kw
     except InvalidType as error:
         cache.bypass(0, f"an input cannot be hashed: {error}")
         return original(*args, **kwargs)
+    is_expected = reason is not None
+    reason = reason or reason_of_scope()
     if reason is not None:
-        cache.bypass(0, reason, warn=False)
+        cache.bypass(0, reason, warn=not is_expected)
         return original(*args, **kwargs)
     run = carrying(original, site.is_tensor)
     given = kwargs

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from kvcache_keras import activation
 from kvcache_keras.calls import EagerCall, GraphCall
-from kvcache_keras.context import local, recording
+from kvcache_keras.context import is_symbolic, local, reason_of_scope, recording
 from kvcache_keras.tokenmodel import takes_token_dict
 from kvcache_keras.transparent import check_frames, check_ids
 
@@ -73,7 +73,7 @@ class AttachedCall:
         for name in _ROW_ARGUMENTS:
             if name not in self._own or not _is_given(kwargs.get(name)):
                 kwargs.pop(name, None)
-        if local.step is not None or (local.cache is not self.cache and not added.keys() - self._own):
+        if local.step is not None or is_symbolic() or (local.cache is not self.cache and not added.keys() - self._own):
             return self.original(*args, **kwargs)
         if local.cache is self.cache:
             site = self.cache.site_of(self.model, _looks_like_ids(args, kwargs))
@@ -133,7 +133,7 @@ def _reason_to_bypass(training: Any) -> str | None:
         return "the model is called with training=True"
     if recording():
         return "a GradientTape is recording; leave it, or use its stop_recording(), to use the cache"
-    return None
+    return reason_of_scope()
 
 
 def _is_given(value: Any) -> bool:

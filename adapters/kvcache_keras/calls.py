@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvcache_core.errors import UsageError
 from kvcache_core.frontend import Call
-from kvcache_keras.context import local, not_recording
+from kvcache_keras.context import is_xla, local, not_recording
 from kvcache_keras.packing import pack, signature
 from kvcache_keras.runner import last_of, place
 from kvcache_keras.tokenmodel import model_input
@@ -81,8 +81,12 @@ class GraphCall:
         """As outside; zeros at padding."""
         if reason:
             self.cache.bypass(0, reason)
+        only_last = reason is not None and not self.all_outputs
+        if not self.padded:
+            output = self.original(model_input(self.model, self.x), **self.plain_arguments)
+            return output[:, -1:] if only_last else output
         aligned, columns, last = self._host(self._align, [tf.int32] * 3, [[None, None], [None, None], [None]])
-        return self._plain(aligned, columns, last, only_last=reason is not None and not self.all_outputs)
+        return self._plain(aligned, columns, last, only_last=only_last)
 
     def cached(self) -> _Tensor:
         """Decide while the graph runs what is computed."""
@@ -129,6 +133,11 @@ class GraphCall:
         return place(output, columns) if self.padded else output
 
     def _host(self, function: Any, types_: list[Any], shapes: list[Any], samples: Any = ()) -> list[_Tensor]:
+        if is_xla():
+            raise UsageError(
+                "padded rows are aligned by the host, which a graph compiled by XLA cannot ask: call the model without "
+                "lengths and masks, or in a graph with jit_compile=False"
+            )
         arguments = [self.x]
         arguments += [tf.convert_to_tensor(given) for given in (self.lengths, self.mask) if given is not None]
         results = tf.numpy_function(function, [*arguments, *samples], types_)

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import tensorflow as tf
+from keras.src.backend.common import global_state
 from tensorflow.python import pywrap_tfe
 from tensorflow.python.eager import record
+from tensorflow.python.ops import control_flow_util
 
-__all__ = ["local", "not_recording", "outside", "recording", "stepping"]
+__all__ = ["is_symbolic", "is_xla", "local", "not_recording", "outside", "reason_of_scope", "recording", "stepping"]
 
 
 class _Local(threading.local):
@@ -40,6 +43,25 @@ def recording() -> bool:
 def not_recording() -> Any:
     """A context in which no ``GradientTape`` records."""
     return record.stop_recording()
+
+
+def is_symbolic() -> bool:
+    """Whether Keras only asks for shapes: nothing is computed."""
+    return global_state.get_global_attribute("symbolic_scope") is not None
+
+
+def is_xla() -> bool:
+    """Whether a graph is traced that XLA will compile."""
+    return not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
+def reason_of_scope() -> str | None:
+    """Why what stands around a call forbids to serve it, or None."""
+    if global_state.get_global_attribute("stateless_scope") is not None:
+        return "the weights are those of a StatelessScope (stateless_call), not the model's own"
+    if is_xla():
+        return "XLA compiles the graph around the call (jit_compile=True), and cannot ask the host what is cached"
+    return None
 
 
 @contextmanager
