@@ -27,7 +27,8 @@ def plain_attention(
         v: [B, Hkv, T, Dv].
     """
     if window is None and softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        is_grouped = bool(q.shape[1] != k.shape[1])  # a tensor where torch.jit traces
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=is_grouped)
     steps = torch.arange(q.shape[2], device=q.device)
     mask = steps[None, :] <= steps[:, None]
     if window is not None:

@@ -385,6 +385,16 @@ def test_invalidate(model, cache):
     assert cache.stats().hit_tokens == 19
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_tracing_and_exporting_take_the_model_as_outside(model, cache):
+    x = ids(0, 2, 12)
+    with torch.no_grad(), cache:
+        cache.model(x)
+        traced, exported = torch.jit.trace(model, (x,), check_trace=False), torch.export.export(model, (x,)).module()
+    for graph in (traced, exported):
+        close(graph(x), plain(model, x))
+
+
 def test_two_caches_of_two_models_in_turn():
     one, two = Small(seed=1), Small(seed=2)
     caches = [KVCache(64, block_size=4), KVCache(64, block_size=4)]
