@@ -182,6 +182,8 @@ class EntryCache:
 
     def _store_all(self, entries: Sequence[Entry]) -> int:
         """Give entries that are not there blocks, as far as there is room or can be; how many have one."""
+        if not entries:
+            return 0
         rest = sum(entry.nbytes for entry in entries)
         if len(entries) > self._pool.num_free or (self.memory is not None and self.bytes + rest > self.memory):
             return self._store_each(entries, rest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -53,14 +52,11 @@ def sample_keys(
         shared: arrays that every sample sees whole.
         count: B.
     """
-    common = blake2b(digest_size=KEY_BYTES)
-    _update(common, prefix)
-    for kind, arrays in ((b"S", split), (b"W", shared)):
-        for array in arrays:
-            shape = array.shape[1:] if kind == b"S" else array.shape
-            _update(common, kind + f"{array.dtype.str}{shape}".encode())
-            if kind == b"W":
-                common.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+    shapes = [_field(f"S{array.dtype.str}{array.shape[1:]}".encode()) for array in split]
+    common = blake2b(_field(prefix) + b"".join(shapes), digest_size=KEY_BYTES)
+    for array in shared:
+        common.update(_field(f"W{array.dtype.str}{array.shape}".encode()))
+        common.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
     # As the salt it costs a sample nothing; as the beginning of what is hashed it would cost a block.
     seed = blake2b(digest_size=KEY_BYTES, salt=common.digest(), person=b"kvcache-sample")
     keys = []
@@ -72,8 +68,8 @@ def sample_keys(
     return keys
 
 
-def _update(digest: Any, field: bytes) -> None:
-    digest.update(struct.pack("<Q", len(field)) + field)
+def _field(content: bytes) -> bytes:
+    return len(content).to_bytes(8, "little") + content
 
 
 def _rows(array: NDArray[Any], count: int) -> list[memoryview]:
