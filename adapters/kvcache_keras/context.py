@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from tensorflow.python.eager import record
 from tensorflow.python.ops import control_flow_util
 
 __all__ = ["is_symbolic", "is_xla", "local", "not_recording", "outside", "reason_of_scope", "recording", "stepping"]
+
+
+_EXPORTING = ("keras.src.export.", "tensorflow.python.saved_model.")
 
 
 class _Local(threading.local):
@@ -61,7 +65,17 @@ def reason_of_scope() -> str | None:
         return "the weights are those of a StatelessScope (stateless_call), not the model's own"
     if is_xla():
         return "XLA compiles the graph around the call (jit_compile=True), and cannot ask the host what is cached"
+    if not tf.executing_eagerly() and _is_export():
+        return "the model is exported: a saved graph has no host to ask what is cached"
     return None
+
+
+def _is_export() -> bool:
+    """Whether the graph that is traced will be saved: neither Keras nor TensorFlow says so but by who calls."""
+    frame = sys._getframe().f_back
+    while frame is not None and not frame.f_globals.get("__name__", "").startswith(_EXPORTING):
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from keras import layers
 
 from kvcache_core import KVCacheWarning, UsageError
 from kvcache_keras import KVCache
-from tests.adapters.keras.models import Small, ids, tensor
+from tests.adapters.keras.models import Small, functional, ids, tensor
 
 STATELESS, XLA = "StatelessScope", "XLA compiles the graph"
 
@@ -134,3 +134,25 @@ def test_a_question_for_shapes_is_no_call() -> None:
     close(second, first)
     assert cache.stats().hit_entries == 5
     cache.detach()
+
+
+@pytest.mark.filterwarnings("ignore:.*exported:kvcache_core.KVCacheWarning")
+@pytest.mark.parametrize("kind", ["activation", "tokens"])
+def test_an_export_is_of_the_plain_model(tmp_path, kind: str) -> None:
+    """It serves in another process, where there is no cache: no operation in it asks the host."""
+    model, x = (encoder(), samples()) if kind == "activation" else (functional(), tensor(ids(2, 7)))
+    cache, expected = KVCache(64, block_size=4), model(x)
+    cache.attach(model, **({"kind": kind} if kind == "activation" else {}))
+    with cache:
+        close(model(x), expected)
+        model.export(tmp_path / "keras", verbose=False)
+        tf.saved_model.save(model, tmp_path / "tensorflow")
+    cache.detach()
+    for name in ("keras", "tensorflow"):
+        saved = tf.saved_model.load(tmp_path / name)
+        serve = saved.signatures["serving_default"]
+        close(next(iter(serve(x).values())), expected)
+        operations = {node.op for node in serve.graph.as_graph_def().node}
+        operations |= {node.op for f in serve.graph.as_graph_def().library.function for node in f.node_def}
+        assert "PyFunc" not in operations
+        assert "MatMul" in operations, "looked inside"
