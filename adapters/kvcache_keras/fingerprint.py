@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from tensorflow.core.framework import resource_handle_pb2, tensor_pb2
 
@@ -30,8 +31,9 @@ _ALL_BELOW = 4096
 _PLACES = 64
 """Elements looked at in a larger one, its first and last among them."""
 
-_INLINE = ("executor_type", "SINGLE_THREADED_EXECUTOR")
-"""Has the calling thread run a graph: no other one is woken."""
+_KEPT = 64
+"""So many reads of models run as operations: what TensorFlow makes of one, 10 KB for each variable, it never frees."""
+_reads = itertools.count()
 
 _may_share_memory = getattr(np.may_share_memory, "_implementation", np.may_share_memory)
 """Without numpy's call of Python for each pair, which asks whether a class of arrays has a function of its own."""
@@ -216,13 +218,13 @@ def _graph(function: Callable[[], Any]) -> Any:
 
 
 def _one_read(variables: Sequence[tf.Variable]) -> Callable[[], Sequence[NDArray[Any]]] | None:
-    """A function that gives the memory of all variables, or None where TensorFlow's private parts are missing.
+    """A function that gives the memory of all variables, or None where TensorFlow does not find them by name.
 
     To read takes less time than what TensorFlow does for each argument and each result of a call. So the graph finds
-    the variables by name and hands their memory to numpy itself, in the calling thread.
+    the variables by name and hands their memory to numpy itself.
     """
     found: list[Sequence[NDArray[Any]]] = []
-    lock = threading.Lock()
+    lock, kept = threading.Lock(), next(_reads) < _KEPT
 
     def take(*memory: NDArray[Any]) -> np.bool_:
         found[:] = [memory]
@@ -230,17 +232,19 @@ def _one_read(variables: Sequence[tf.Variable]) -> Callable[[], Sequence[NDArray
 
     def read() -> Sequence[NDArray[Any]]:
         with lock:
-            execute.execute(graph.name, 1, [], _INLINE, context.context())
+            if kept:
+                # An operation runs in the calling thread; a function waits for another one.
+                tf.raw_ops.StatefulPartitionedCall(args=(), Tout=(tf.bool,), f=graph)
+            else:
+                graph()
             return found.pop()
 
     try:
-        from tensorflow.python.eager import context, execute
-
         with tf.init_scope():
             names = list(map(_name_of, variables))
             graph = _graph(lambda: tf.numpy_function(take, list(map(_read_by_name, variables, names)), tf.bool))
             read()
-    except (ImportError, AttributeError, TypeError, tf.errors.OpError):
+    except (DecodeError, tf.errors.OpError):
         return None
     return read
 
@@ -250,7 +254,7 @@ def _name_of(variable: tf.Variable) -> Any:
     # A handle tells them only when it is serialized: behind its length, which ends with the first byte below 128.
     serialized = tf.io.serialize_tensor(variable.handle).numpy()
     content = tensor_pb2.TensorProto.FromString(serialized).tensor_content
-    start = next(at for at, byte in enumerate(content, 1) if byte < 128)
+    start = next((at for at, byte in enumerate(content, 1) if byte < 128), 0)
     return resource_handle_pb2.ResourceHandleProto.FromString(content[start:])
 
 

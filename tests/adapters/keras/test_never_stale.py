@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 
 import keras
 import numpy as np
@@ -12,7 +11,6 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorflow.core.framework import resource_handle_pb2
-from tensorflow.python import eager
 
 from kvcache_core import StaleSequence
 from kvcache_keras import KVCache, fingerprint, generate
@@ -339,15 +337,31 @@ def test_the_same_values_elsewhere_in_memory_are_no_change():
     assert cache.stats().hit_entries == 6
 
 
-@pytest.mark.parametrize("missing", ["the name", "the module"])
-def test_without_tensorflows_private_parts_a_look_notices_the_same(missing, monkeypatch):
-    if missing == "the name":
-        nobody = resource_handle_pb2.ResourceHandleProto(container="Anonymous", name="nobody's")
-        monkeypatch.setattr(fingerprint, "_name_of", lambda variable: nobody)
-    else:
-        monkeypatch.setitem(sys.modules, "tensorflow.python.eager.execute", None)
-        monkeypatch.delattr(eager, "execute")
+def nobodys(variable):
+    return resource_handle_pb2.ResourceHandleProto(container="Anonymous", name="nobody's")
+
+
+def unreadable(variable):
+    return resource_handle_pb2.ResourceHandleProto.FromString(b"abc")
+
+
+@pytest.mark.parametrize("name_of", [nobodys, unreadable])
+def test_where_tensorflow_finds_no_variable_by_name_a_look_notices_the_same(name_of, monkeypatch):
+    monkeypatch.setattr(fingerprint, "_name_of", name_of)
     assert fingerprint._one_read([tf.Variable(1.0)]) is None
+    for edit in (*EDITS, past_tensorflow):
+        layer, cache, x = large()
+        with cache:
+            layer(x)
+            layer(x)
+            edit(layer.kernel.value)
+            layer(x)
+        stats = cache.stats()
+        assert (stats.hit_entries, stats.miss_entries) == (2, 4), edit.__name__
+
+
+def test_what_is_read_as_a_function_is_noticed_the_same(monkeypatch):
+    monkeypatch.setattr(fingerprint, "_KEPT", 0)
     for edit in (*EDITS, past_tensorflow):
         layer, cache, x = large()
         with cache:
