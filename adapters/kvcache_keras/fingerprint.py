@@ -31,7 +31,7 @@ _ALL_BELOW = 4096
 _PLACES = 64
 """Elements looked at in a larger one, its first and last among them."""
 
-_KEPT = 64
+_KEPT = 16
 """So many reads of models run as operations: what TensorFlow makes of one, 10 KB for each variable, it never frees."""
 _reads = itertools.count()
 
