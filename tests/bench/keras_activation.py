@@ -92,7 +92,7 @@ def training(runs: int) -> Row:
             cache.detach()
         return seconds
 
-    samples = alternate({"ours": lambda: run("ours"), PLAIN: lambda: run(PLAIN)}, runs, "frozen CNN", warm_up=0)
+    samples = alternate({"ours": lambda: run("ours"), PLAIN: lambda: run(PLAIN)}, 3 * runs, "frozen CNN", warm_up=0)
     np.testing.assert_allclose(losses["ours"], losses[PLAIN], rtol=1e-3, atol=1e-4)
     return Row.of(f"frozen CNN, new head, {EPOCHS} epochs", "s", samples, targets={PLAIN: TRAIN_TARGET})
 

@@ -85,7 +85,7 @@ def training(runs: int) -> Row:
         losses[name], seconds = torch_images.fit(trunk, torch_images.new_head(10), data, EPOCHS, around)
         return seconds
 
-    samples = alternate({"ours": lambda: run("ours"), PLAIN: lambda: run(PLAIN)}, runs, "frozen CNN", warm_up=0)
+    samples = alternate({"ours": lambda: run("ours"), PLAIN: lambda: run(PLAIN)}, 3 * runs, "frozen CNN", warm_up=0)
     torch.testing.assert_close(torch.tensor(losses["ours"]), torch.tensor(losses[PLAIN]), rtol=1e-3, atol=1e-4)
     return Row.of(f"frozen CNN, new head, {EPOCHS} epochs", "s", samples, targets={PLAIN: TRAIN_TARGET})
 
