@@ -17,7 +17,13 @@ from tensorflow.python.ops import control_flow_util
 __all__ = ["is_symbolic", "is_xla", "local", "not_recording", "outside", "reason_of_scope", "recording", "stepping"]
 
 
-_EXPORTING = ("keras.src.export.", "tensorflow.python.saved_model.")
+_EXPORTED = "the model is exported: a saved graph has no host to ask what is cached"
+_CALLERS = {
+    "keras.src.export.": _EXPORTED,
+    "tensorflow.python.saved_model.": _EXPORTED,
+    "tensorflow.python.ops.parallel_for.": "tf.vectorized_map makes another graph, without host calls",
+}
+"""Modules under which no graph is traced as it will run, and why. Nothing tells but who calls."""
 
 
 class _Local(threading.local):
@@ -65,17 +71,17 @@ def reason_of_scope() -> str | None:
         return "the weights are those of a StatelessScope (stateless_call), not the model's own"
     if is_xla():
         return "XLA compiles the graph around the call (jit_compile=True), and cannot ask the host what is cached"
-    if not tf.executing_eagerly() and _is_export():
-        return "the model is exported: a saved graph has no host to ask what is cached"
-    return None
+    return None if tf.executing_eagerly() else _reason_of_callers()
 
 
-def _is_export() -> bool:
-    """Whether the graph that is traced will be saved: neither Keras nor TensorFlow says so but by who calls."""
+def _reason_of_callers() -> str | None:
     frame = sys._getframe().f_back
-    while frame is not None and not frame.f_globals.get("__name__", "").startswith(_EXPORTING):
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if reason := next((why for start, why in _CALLERS.items() if name.startswith(start)), None):
+            return reason
         frame = frame.f_back
-    return frame is not None
+    return None
 
 
 @contextmanager

@@ -31,8 +31,8 @@ _ALL_BELOW = 4096
 _PLACES = 64
 """Elements looked at in a larger one, its first and last among them."""
 
-_KEPT = 16
-"""So many reads of models run as operations: what TensorFlow makes of one, 10 KB for each variable, it never frees."""
+_KEPT = 64
+"""So many models are read by an operation: what TensorFlow makes of one, 10 KB for each variable, it never frees."""
 _reads = itertools.count()
 
 _may_share_memory = getattr(np.may_share_memory, "_implementation", np.may_share_memory)
@@ -108,8 +108,12 @@ class Fingerprint:
         """Whether a variable differs from what the last look found; no look at what is written past TensorFlow."""
         if self._verify == "never" or self._held is None:
             return False
-        with tf.init_scope(), self._lock:
-            moved = self._elsewhere(self._held, (self._read_all or self.sample)())
+        with tf.init_scope():
+            samples = (
+                self._read_all or self.sample
+            )()  # with no lock: a graph that waits for it keeps others from running
+        with self._lock:
+            moved = self._elsewhere(self._held, samples)
             return any(not np.array_equal(self._held[at], now) for at, now in moved)
 
     def digest(self) -> bytes:
@@ -221,32 +225,30 @@ def _one_read(variables: Sequence[tf.Variable]) -> Callable[[], Sequence[NDArray
     """A function that gives the memory of all variables, or None where TensorFlow does not find them by name.
 
     To read takes less time than what TensorFlow does for each argument and each result of a call. So the graph finds
-    the variables by name and hands their memory to numpy itself.
+    the variables by name and hands their memory to numpy itself. It runs in the calling thread: one of TensorFlow's own
+    might wait for a lock that the caller holds.
     """
-    found: list[Sequence[NDArray[Any]]] = []
-    lock, kept = threading.Lock(), next(_reads) < _KEPT
+    if next(_reads) >= _KEPT:
+        return None
+    here = threading.local()
 
     def take(*memory: NDArray[Any]) -> np.bool_:
-        found[:] = [memory]
+        here.found = memory
         return np.bool_(True)
 
     def read() -> Sequence[NDArray[Any]]:
-        with lock:
-            if kept:
-                # An operation runs in the calling thread; a function waits for another one.
-                tf.raw_ops.StatefulPartitionedCall(args=(), Tout=(tf.bool,), f=graph)
-            else:
-                graph()
-            return found.pop()
+        here.found = None
+        tf.raw_ops.StatefulPartitionedCall(args=(), Tout=(tf.bool,), f=graph)
+        found, here.found = here.found, None  # held by nobody else
+        return found  # type: ignore[no-any-return]
 
     try:
         with tf.init_scope():
             names = list(map(_name_of, variables))
             graph = _graph(lambda: tf.numpy_function(take, list(map(_read_by_name, variables, names)), tf.bool))
-            read()
+            return None if read() is None else read
     except (DecodeError, tf.errors.OpError):
         return None
-    return read
 
 
 def _name_of(variable: tf.Variable) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
 
 import keras
 import numpy as np
@@ -371,6 +373,53 @@ def test_what_is_read_as_a_function_is_noticed_the_same(monkeypatch):
             layer(x)
         stats = cache.stats()
         assert (stats.hit_entries, stats.miss_entries) == (2, 4), edit.__name__
+
+
+def test_nothing_waits_for_a_look_that_reads(monkeypatch):
+    """A graph's host call that waited would keep a thread of TensorFlow's, which the look may need."""
+    layer, cache, x = large()
+    with cache:
+        layer(x)
+    weights = cache.weights_of(layer)
+    samples = weights.sample()
+
+    def reading():
+        other = threading.Thread(target=weights.digest_of_samples, args=(samples,), daemon=True)
+        other.start()
+        other.join(60)
+        assert not other.is_alive()
+        return samples
+
+    monkeypatch.setattr(weights, "_read_all", reading)
+    assert not weights.moved()
+    assert weights.digest() == weights.digest_of_samples(samples)
+
+
+def test_a_look_needs_no_thread_of_tensorflows():
+    layer, cache, x = large()
+    with cache:
+        layer(x)
+    weights, go, waiting = cache.weights_of(layer), threading.Event(), threading.Semaphore(0)
+
+    def wait(value):
+        waiting.release()
+        go.wait(120)
+        return value
+
+    graph = tf.function(lambda value: tf.numpy_function(wait, [value], tf.float32))
+    callers = [threading.Thread(target=graph, args=(tf.constant(1.0),)) for _ in range(os.cpu_count() + 2)]
+    look = threading.Thread(target=lambda: (weights.digest(), weights.moved()), daemon=True)
+    try:
+        for caller in callers:
+            caller.start()
+        assert waiting.acquire(timeout=60)  # one is there: the others are, or wait for its thread
+        look.start()
+        look.join(60)
+        assert not look.is_alive()
+    finally:
+        go.set()
+        for caller in callers:
+            caller.join()
 
 
 def test_a_weight_of_every_dtype():

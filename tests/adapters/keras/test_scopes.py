@@ -93,6 +93,16 @@ def test_a_graph_that_xla_compiles_is_bypassed(attached) -> None:
     assert cache.stats().hit_entries + cache.stats().hit_tokens > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*vectorized_map:kvcache_core.KVCacheWarning")
+def test_a_vectorized_map_computes_as_outside(attached) -> None:
+    cache, model, x = attached
+    expected = model(x)
+    with cache:
+        found = tf.vectorized_map(lambda one: model(one[None])[0], x)
+    close(found, expected)
+    assert "vectorized_map" in reasons(cache)
+
+
 def test_fit_that_xla_compiles_trains_as_outside() -> None:
     """Compiled before the trunk was attached; the other way round Keras itself leaves XLA out."""
     x, y = samples(), tf.ones((5, 1))
