@@ -109,9 +109,7 @@ class Fingerprint:
         if self._verify == "never" or self._held is None:
             return False
         with tf.init_scope():
-            samples = (
-                self._read_all or self.sample
-            )()  # with no lock: a graph that waits for it keeps others from running
+            samples = self._read()  # with no lock: a host call that waited for it would keep a thread of TensorFlow's
         with self._lock:
             moved = self._elsewhere(self._held, samples)
             return any(not np.array_equal(self._held[at], now) for at, now in moved)
@@ -119,7 +117,7 @@ class Fingerprint:
     def digest(self) -> bytes:
         """Bytes that stand for the weights as they are now."""
         with tf.init_scope():
-            return self.digest_of_samples((self._read_all or self.sample)())
+            return self.digest_of_samples(self._read())
 
     def digest_of_samples(self, samples: Sequence[_Tensor]) -> bytes:
         """The same for what a graph has read: tensors in memory, or numpy arrays."""
@@ -132,6 +130,10 @@ class Fingerprint:
         with self._lock:
             self._compare(samples)
             return self._files + self._value
+
+    def _read(self) -> Sequence[NDArray[Any]]:
+        """What a look reads."""
+        return list(self._arrays(self.sample())) if self._read_all is None else self._read_all()
 
     def _arrays(self, samples: Sequence[_Tensor]) -> Iterator[NDArray[Any]]:
         # A tensor's buffer is its memory: no copy, and with no dtype that numpy might not know.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import threading
 
@@ -395,7 +396,9 @@ def test_nothing_waits_for_a_look_that_reads(monkeypatch):
     assert weights.digest() == weights.digest_of_samples(samples)
 
 
-def test_a_look_needs_no_thread_of_tensorflows():
+def test_a_look_needs_no_thread_of_tensorflows(monkeypatch):
+    monkeypatch.setattr(fingerprint, "_reads", itertools.count())  # one of the first in its process
+    monkeypatch.setattr(fingerprint, "_KEPT", 1)
     layer, cache, x = large()
     with cache:
         layer(x)
@@ -422,7 +425,10 @@ def test_a_look_needs_no_thread_of_tensorflows():
             caller.join()
 
 
-def test_a_weight_of_every_dtype():
+@pytest.mark.parametrize("kept", [1, 0])
+def test_a_weight_of_every_dtype(kept, monkeypatch):
+    monkeypatch.setattr(fingerprint, "_reads", itertools.count())
+    monkeypatch.setattr(fingerprint, "_KEPT", kept)
     layer = keras.layers.Layer()
     dtypes = ["bfloat16", "float16", "float32", "float64", "int8", "int64", "uint16", "bool", "complex64"]
     shapes = [(), (3, 300), (0, 4)]
