@@ -133,7 +133,8 @@ class Fingerprint:
 
     def _read(self) -> Sequence[NDArray[Any]]:
         """What a look reads."""
-        return list(self._arrays(self.sample())) if self._read_all is None else self._read_all()
+        found = None if self._read_all is None else self._read_all()
+        return list(self._arrays(self.sample())) if found is None else found
 
     def _arrays(self, samples: Sequence[_Tensor]) -> Iterator[NDArray[Any]]:
         # A tensor's buffer is its memory: no copy, and with no dtype that numpy might not know.
@@ -223,12 +224,12 @@ def _graph(function: Callable[[], Any]) -> Any:
         return tf.function(function, input_signature=(), autograph=False).get_concrete_function()
 
 
-def _one_read(variables: Sequence[tf.Variable]) -> Callable[[], Sequence[NDArray[Any]]] | None:
+def _one_read(variables: Sequence[tf.Variable]) -> Callable[[], Sequence[NDArray[Any]] | None] | None:
     """A function that gives the memory of all variables, or None where TensorFlow does not find them by name.
 
     To read takes less time than what TensorFlow does for each argument and each result of a call. So the graph finds
     the variables by name and hands their memory to numpy itself. It runs in the calling thread: one of TensorFlow's own
-    might wait for a lock that the caller holds.
+    might wait for a lock that the caller holds. Where it does not (eager execution set to asynchronous), it gives None.
     """
     if next(_reads) >= _KEPT:
         return None
@@ -238,7 +239,7 @@ def _one_read(variables: Sequence[tf.Variable]) -> Callable[[], Sequence[NDArray
         here.found = memory
         return np.bool_(True)
 
-    def read() -> Sequence[NDArray[Any]]:
+    def read() -> Sequence[NDArray[Any]] | None:
         here.found = None
         tf.raw_ops.StatefulPartitionedCall(args=(), Tout=(tf.bool,), f=graph)
         found, here.found = here.found, None  # held by nobody else

@@ -425,6 +425,23 @@ def test_a_look_needs_no_thread_of_tensorflows(monkeypatch):
             caller.join()
 
 
+def test_where_eager_execution_is_asynchronous_a_look_notices_the_same():
+    layer, cache, x = large()
+    with cache:
+        layer(x)
+    tf.config.experimental.set_synchronous_execution(False)
+    try:
+        with cache:
+            layer(x)
+        layer.kernel.assign(2.0 * layer.kernel)
+        with cache:
+            layer(x)
+    finally:
+        tf.config.experimental.set_synchronous_execution(True)
+    stats = cache.stats()
+    assert (stats.hit_entries, stats.miss_entries) == (2, 4)
+
+
 @pytest.mark.parametrize("kept", [1, 0])
 def test_a_weight_of_every_dtype(kept, monkeypatch):
     monkeypatch.setattr(fingerprint, "_reads", itertools.count())
