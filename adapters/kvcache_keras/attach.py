@@ -13,6 +13,7 @@ from kvcache_keras import activation
 from kvcache_keras.calls import EagerCall, GraphCall
 from kvcache_keras.context import is_symbolic, local, reason_of_scope, recording
 from kvcache_keras.tokenmodel import takes_token_dict
+from kvcache_keras.trainers import keep_apart
 from kvcache_keras.transparent import check_frames, check_ids
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class AttachedCall:
 
     def install(self) -> None:
         """Put this in the place of ``model.call``, which then also takes lengths and masks."""
+        keep_apart()
         # Straight into the instance: Keras would track an attribute that is set.
         vars(self.model)["call"] = self
         self.model._call_signature = _with_row_arguments(self._signature)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from kvcache_core.errors import UsageError
 from kvcache_core.frontend import Call
 from kvcache_keras.context import is_xla, local, not_recording
+from kvcache_keras.hostcall import held_by_graph
 from kvcache_keras.packing import pack, signature
 from kvcache_keras.runner import last_of, place
 from kvcache_keras.tokenmodel import model_input
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["EagerCall", "GraphCall"]
 
 _Tensor = Any
-_latest: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
-"""The result of the latest cached call in each graph under construction."""
+_LATEST = "_kvcache_latest"
+"""The attribute of a graph under construction that holds the result of its latest cached call."""
+_NO_GRADIENT = "KVCacheServed"
 _HIDDEN = "token 0 is padding to this model (mask_zero=True); say with lengths= where padding is"
 
 
@@ -102,7 +103,7 @@ class GraphCall:
         self._mode = self._weights.mode()
         samples = self._weights.sample()
         graph = tf.compat.v1.get_default_graph()
-        with tf.control_dependencies(_latest.get(graph, [])):  # an earlier call's tokens are there to be found
+        with tf.control_dependencies(getattr(graph, _LATEST, [])):  # an earlier call's tokens are there to be found
             fits, number, aligned, columns, last, slots, *rest = self._host(self._begin, types_, shapes, samples)
 
         def through_cache() -> _Tensor:
@@ -114,7 +115,7 @@ class GraphCall:
             else:
                 y = runner.function("prefill")(*arrays)
             with tf.control_dependencies([y]):
-                done = tf.numpy_function(self._finish, [number], tf.int64)
+                done = tf.numpy_function(held_by_graph(self._finish), [number], tf.int64)
             with tf.control_dependencies([done]):
                 return tf.identity(y)
 
@@ -122,7 +123,7 @@ class GraphCall:
         width = self.x.shape[1] if self.all_outputs else 1
         y.set_shape((self.x.shape[0], width, *cache.spec.output_shape))
         y = _without_gradient(y)
-        _latest[graph] = [y]
+        setattr(graph, _LATEST, [y])
         return y
 
     def _plain(self, aligned: _Tensor, columns: _Tensor, last: _Tensor, *, only_last: bool) -> _Tensor:
@@ -140,7 +141,7 @@ class GraphCall:
             )
         arguments = [self.x]
         arguments += [tf.convert_to_tensor(given) for given in (self.lengths, self.mask) if given is not None]
-        results = tf.numpy_function(function, [*arguments, *samples], types_)
+        results = tf.numpy_function(held_by_graph(function), [*arguments, *samples], types_)
         for result, shape in zip(results, shapes, strict=True):
             result.set_shape(shape)
         return list(results)
@@ -213,15 +214,18 @@ def _nothing() -> _Tensor:
     return tf.constant(0)
 
 
-@tf.custom_gradient
-def _without_gradient(y: _Tensor) -> Any:
-    def gradient(_: _Tensor) -> _Tensor:
-        raise UsageError(
-            "no gradient flows through a call that used the cache; trace the tf.function inside its GradientTape, or "
-            "call the model outside `with cache:`"
-        )
+def _without_gradient(y: _Tensor) -> _Tensor:
+    # Not tf.custom_gradient: TensorFlow would keep what that makes for each graph, and so the graph, for good.
+    with tf.compat.v1.get_default_graph().gradient_override_map({"Identity": _NO_GRADIENT}):
+        return tf.identity(y)
 
-    return tf.identity(y), gradient
+
+@tf.RegisterGradient(_NO_GRADIENT)
+def _no_gradient(*_: Any) -> Any:
+    raise UsageError(
+        "no gradient flows through a call that used the cache; trace the tf.function inside its GradientTape, or call "
+        "the model outside `with cache:`"
+    )
 
 
 def _values(given: Any) -> Any:

@@ -31,6 +31,9 @@ _ALL_BELOW = 4096
 _PLACES = 64
 """Elements looked at in a larger one, its first and last among them."""
 
+_LOOKS = 64
+"""So many looks meet every row of the weights. Who writes past TensorFlow is rare, and reading takes most of the time
+that a look may."""
 _KEPT = 64
 """So many models are read by an operation: what TensorFlow makes of one, 10 KB for each variable, it never frees."""
 _reads = itertools.count()
@@ -170,7 +173,7 @@ class Fingerprint:
     def _new_sample(self, now: list[NDArray[Any]]) -> ContentSample:
         sampled = [at for at, one in enumerate(self._here) if at not in self._restless and one.shape.rank]
         rows = [self._here[at].shape[-1] or 1 if self._here[at].shape.rank > 1 else 1 for at in sampled]
-        return ContentSample([now[at] for at in sampled], rows)
+        return ContentSample([now[at] for at in sampled], rows, _LOOKS)
 
 
 class Structure:
@@ -235,20 +238,23 @@ def _one_read(variables: Sequence[tf.Variable]) -> Callable[[], Sequence[NDArray
         return None
     here = threading.local()
 
-    def take(*memory: NDArray[Any]) -> np.bool_:
+    def take(*memory: NDArray[Any]) -> list[Any]:
         here.found = memory
-        return np.bool_(True)
+        return []
+
+    def hand_over(values: Sequence[_Tensor]) -> None:
+        tf.numpy_function(take, values, ())  # no result: to convert one takes its time, too
 
     def read() -> Sequence[NDArray[Any]] | None:
         here.found = None
-        tf.raw_ops.StatefulPartitionedCall(args=(), Tout=(tf.bool,), f=graph)
+        tf.raw_ops.StatefulPartitionedCall(args=(), Tout=(), f=graph)
         found, here.found = here.found, None  # held by nobody else
         return found  # type: ignore[no-any-return]
 
     try:
         with tf.init_scope():
             names = list(map(_name_of, variables))
-            graph = _graph(lambda: tf.numpy_function(take, list(map(_read_by_name, variables, names)), tf.bool))
+            graph = _graph(lambda: hand_over(list(map(_read_by_name, variables, names))))
             return None if read() is None else read
     except (DecodeError, tf.errors.OpError):
         return None

