@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b, sha256
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ def sample_keys(
         count: B.
     """
     shapes = [_field(f"S{array.dtype.str}{array.shape[1:]}".encode()) for array in split]
-    common = blake2b(_field(prefix) + b"".join(shapes), digest_size=KEY_BYTES)
+    common = sha256(_field(prefix) + b"".join(shapes))
     for array in shared:
         common.update(_field(f"W{array.dtype.str}{array.shape}".encode()))
         common.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")

@@ -32,8 +32,7 @@ _PLACES = 64
 """Elements looked at in a larger one, its first and last among them."""
 
 _LOOKS = 64
-"""So many looks meet every row of the weights. Who writes past TensorFlow is rare, and reading takes most of the time
-that a look may."""
+"""So many looks meet every row of the weights: who writes past TensorFlow is rare, and reading takes long already."""
 _KEPT = 64
 """So many models are read by an operation: what TensorFlow makes of one, 10 KB for each variable, it never frees."""
 _reads = itertools.count()

@@ -14,15 +14,12 @@ from activations import (
     BATCHES,
     BYPASS_TARGET,
     EPOCHS,
-    NARROW,
-    PICTURES,
     PLAIN,
     REPEATED,
-    SENTENCES,
     TEXT_TARGET,
-    TRAIN_TARGET,
     TURNS,
-    WIDE,
+    Sizes,
+    all_rows,
     check_bypassed,
     weights_check,
 )
@@ -38,14 +35,9 @@ from kvcache_keras import KVCache
 
 def main(*, quick: bool = False) -> Table:
     """All cases, cached and not, by turns."""
-    runs, count, pictures = (2, 400, 640) if quick else (5, SENTENCES, PICTURES)
-    rows = [
-        encoder(runs, count),
-        training(2 * runs, WIDE, pictures, {PLAIN: TRAIN_TARGET}),
-        training(runs, NARROW, pictures, {}),
-        bypass(runs),
-        look(runs),
-    ]
+    sizes = Sizes.of(quick=quick)
+    count, pictures = sizes.sentences, sizes.pictures
+    rows = all_rows(sizes, encoder, training, [bypass, look])
     text = [
         f"MiniLM over {count:,} real sentences of which {REPEATED:.0%} came before, in a graph; a new head on "
         f"a frozen CNN with `model.fit`, {EPOCHS} epochs over {pictures:,} pictures of MNIST, with the example's "

@@ -13,15 +13,12 @@ from activations import (
     BATCHES,
     BYPASS_TARGET,
     EPOCHS,
-    NARROW,
-    PICTURES,
     PLAIN,
     REPEATED,
-    SENTENCES,
     TEXT_TARGET,
-    TRAIN_TARGET,
     TURNS,
-    WIDE,
+    Sizes,
+    all_rows,
     check_bypassed,
     weights_check,
 )
@@ -38,14 +35,9 @@ from kvcache_torch import KVCache
 
 def main(*, quick: bool = False) -> Table:
     """Both cases, cached and not, by turns."""
-    runs, count, pictures = (2, 400, 640) if quick else (5, SENTENCES, PICTURES)
-    rows = [
-        encoder(runs, count),
-        training(2 * runs, WIDE, pictures, {PLAIN: TRAIN_TARGET}),
-        training(runs, NARROW, pictures, {}),
-        bypass(runs),
-        look(runs),
-    ]
+    sizes = Sizes.of(quick=quick)
+    count, pictures = sizes.sentences, sizes.pictures
+    rows = all_rows(sizes, encoder, training, [bypass, look])
     text = [
         f"all-MiniLM-L6-v2 over {count:,} real sentences of which {REPEATED:.0%} came before; a new head on a frozen "
         f"CNN, {EPOCHS} epochs over {pictures:,} pictures of MNIST, with the example's channels and with a quarter of "
