@@ -439,7 +439,7 @@ def test_a_writer_that_holds_the_lock_holds_up_writers_only(tmp_path):
     started = time.monotonic()
     assert verified(tier, 300) == 300, "so many that their order of use is to be written"
     assert verified(tier, 300) == 300
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
     assert [cache.run(prompt(turn % 2)) for turn in range(60)] == [20] * 60, "read, however often"
     assert [cache.run(prompt(seed)) for seed in (5, 6, 5)] == [0, 0, 20], "found while it waits to be written"
     assert cache.stack.dropped_blocks == 0
@@ -449,7 +449,7 @@ def test_a_writer_that_holds_the_lock_holds_up_writers_only(tmp_path):
     assert time.monotonic() - started < 10, "no step has waited"
     started = time.monotonic()
     assert not cache.stack.flush(0.2), "nothing was written meanwhile"
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
     assert not tier.contains(tier_key_of(cache, 5))
     let_go(holder)
     assert cache.stack.flush(10)
@@ -527,7 +527,7 @@ def test_closing_keeps_its_time_limit_while_another_holds_the_lock(tmp_path, mon
     with pytest.warns(KVCacheWarning, match=r"was not closed within 0.3 s.*fuser"):
         tier.close()
     tier.close()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5
     with pytest.raises(TierError, match="is closed"):
         tier.get_many([key(1)])
     let_go(holder)
@@ -568,7 +568,7 @@ def test_a_cache_closes_within_its_time_limit_while_another_holds_the_lock(tmp_p
         warnings.simplefilter("ignore", KVCacheWarning)
         assert not cache.stack.flush(0.3, everything=True)
         assert not cache.stack.close(0.5), "what the pool held was not written, and it says so"
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
     let_go(holder)
     assert waiting_threads() == []
     cache = Cache(6, [url])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
@@ -24,12 +23,13 @@ from tests.reference_decoder import DecoderConfig, InjectedFault, make_weights
 from tests.tiers.backends import tiered
 from tests.tiers.test_promotion import ROW_BYTES, filled, in_chunks
 from tests.tiers.test_tiering import SIZE, Cache, prompt
+from tests.tiers.waiting import eventually
 
 pytestmark = pytest.mark.filterwarnings("ignore::kvcache_core.KVCacheWarning")
 
 CONFIG = DecoderConfig(dtype="float64", windows=(None, 6), width=8)
 REAL_WAITING = Costs.waiting
-LONG = 10
+LONG = 60
 """Seconds that nothing here takes unless it hangs."""
 
 GENERATE = {"torch": kvcache_torch.generate, "keras": kvcache_keras.generate}
@@ -69,13 +69,6 @@ class Gated(RamTier):
 
 def readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "kvcache-reading"]
-
-
-def eventually(true: Any) -> None:
-    until = time.monotonic() + LONG
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.001)
 
 
 @pytest.fixture(autouse=True)
