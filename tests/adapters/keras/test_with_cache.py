@@ -13,18 +13,29 @@ import tensorflow as tf
 
 from kvcache_core import InvalidInput, InvalidType, KVCacheWarning, UsageError
 from kvcache_keras import KVCache, attention, generate, positions
-from tests.adapters.keras.models import VOCAB, Small, functional, ids, in_graph, sequential, tensor
+from tests.adapters.keras.models import VOCAB, Small, as_new, functional, ids, in_graph, sequential, tensor
 
 
 def close(found, expected) -> None:
     np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-5, atol=2e-6)
 
 
-@pytest.fixture(scope="module")
-def model() -> Small:
+def small() -> Small:
     model = Small()
     model(tensor([[1]]))
     return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Small:
+    """Attached to the cache that tests share."""
+    return small()
+
+
+@pytest.fixture(scope="module")
+def plain() -> Small:
+    """Attached to nothing."""
+    return small()
 
 
 @contextmanager
@@ -40,10 +51,18 @@ def attached(model, outputs: str = "all") -> Iterator[KVCache]:
             cache.detach()
 
 
-@pytest.fixture
-def cache(model: Small) -> Iterator[KVCache]:
+@pytest.fixture(scope="module")
+def shared(model: Small) -> Iterator[KVCache]:
     with attached(model) as cache:
         yield cache
+
+
+@pytest.fixture
+def cache(shared: KVCache) -> Iterator[KVCache]:
+    """As new, with the graphs that were traced before."""
+    yield as_new(shared)
+    shared.core.check_valid()
+    assert shared.stats().live_blocks == 0
 
 
 @pytest.mark.parametrize("make", [Small, functional, sequential])
@@ -93,15 +112,18 @@ def test_ragged_rows(model: Small, cache: KVCache) -> None:
     close(model(tensor(left), attention_mask=tensor(left_mask))[1, 8:], plain[1, :5])
 
 
-def test_outputs_last(model: Small) -> None:
-    x = tensor(ids(3, 13))
-    plain = model(x).numpy()
-    with attached(model, "last") as cache, cache:
+def test_outputs_last(plain: Small) -> None:
+    """In a graph of the user's, and eagerly by the cache's graph that was traced for it."""
+    x, run = tensor(ids(3, 13)), in_graph(plain)
+    whole = plain(x).numpy()
+    with attached(plain, "last") as cache, cache:
         for _ in range(2):
-            close(model(x), plain[:, -1:])
-        close(model(x, lengths=[13, 5, 9]), np.stack([plain[0, 12:13], plain[1, 4:5], plain[2, 8:9]]))
+            close(run(x), whole[:, -1:])
+        for _ in range(2):
+            close(plain(x), whole[:, -1:])
+        close(plain(x, lengths=[13, 5, 9]), np.stack([whole[0, 12:13], whole[1, 4:5], whole[2, 8:9]]))
         with pytest.warns(KVCacheWarning, match="room"):
-            y = model(tensor(ids(9, 60)))
+            y = plain(tensor(ids(9, 60)))
         assert y.shape == (9, 1, VOCAB)
         assert all(spec.kind == "attention" for spec in cache.store.layout.layers)
 
@@ -153,16 +175,16 @@ def test_in_a_users_graph_with_one_trace(model: Small, cache: KVCache) -> None:
     assert cache.stats().live_blocks == 0
 
 
-def test_the_block_itself_in_a_graph(model: Small) -> None:
+def test_the_block_itself_in_a_graph(plain: Small) -> None:
     x = tensor(ids(2, 9))
-    expected = model(x)
-    with attached(model) as cache:
+    expected = plain(x)
+    with attached(plain) as cache:
 
         @tf.function
         def run(x):
             with cache:
-                first = model(x)
-                return first, model(x[:, :6])
+                first = plain(x)
+                return first, plain(x[:, :6])
 
         for _ in range(3):
             first, second = run(x)
@@ -178,7 +200,7 @@ def test_ragged_rows_and_no_room_in_a_graph(model: Small, cache: KVCache) -> Non
     def run(x, lengths):
         return model(x, lengths=lengths)
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(input_signature=[tf.TensorSpec([None, None], dtype) for dtype in (tf.int32, tf.bool)])
     def masked(x, mask):
         return model(x, attention_mask=mask)
 
@@ -195,15 +217,6 @@ def test_ragged_rows_and_no_room_in_a_graph(model: Small, cache: KVCache) -> Non
     close(y, model(tensor(big)))
 
 
-def test_outputs_last_in_a_graph(model: Small) -> None:
-    run = in_graph(model)
-    x = tensor(ids(3, 13))
-    expected = model(x)[:, -1:]
-    with attached(model, "last") as cache, cache:
-        for _ in range(2):
-            close(run(x), expected)
-
-
 def test_copies_in_a_graph(model: Small, cache: KVCache) -> None:
     """Half a block is shared: it is copied inside the graph."""
     run = in_graph(model, reduce_retracing=True)
@@ -218,26 +231,26 @@ def test_copies_in_a_graph(model: Small, cache: KVCache) -> None:
     assert cache.stats().hit_tokens == 6 + 10
 
 
-def test_a_graph_that_raises_is_rolled_back_by_the_next_call(model: Small, cache: KVCache) -> None:
+def test_a_graph_that_raises_is_rolled_back_by_the_next_call(plain: Small) -> None:
     @tf.function
     def run(x, fail):
-        y = model(x)
+        y = plain(x)
         with tf.control_dependencies([tf.debugging.assert_equal(fail, 0, "asked to fail")]):
             return tf.identity(y)
 
     broken = tf.Variable(0)
-    normal = model.head.call
+    normal = plain.head.call
 
     def head(x, **_):
-        # Inside the model: between the host's plan and its commit.
+        # Inside the plain: between the host's plan and its commit.
         with tf.control_dependencies([tf.debugging.assert_equal(broken, 0, "broken inside")]):
             return normal(tf.identity(x))
 
     x = tensor(ids(2, 9))
-    expected = model(x)
-    model.head.call = head
+    expected = plain(x)
+    plain.head.call = head
     try:
-        with cache:
+        with attached(plain) as cache, cache:
             close(run(x, 0), expected)
             live = cache.stats().live_blocks
             broken.assign(1)
@@ -250,7 +263,7 @@ def test_a_graph_that_raises_is_rolled_back_by_the_next_call(model: Small, cache
             assert cache.stats().live_blocks == live
             cache.core.check_valid()
     finally:
-        model.head.call = normal
+        plain.head.call = normal
 
 
 def test_predict_inside_with(model: Small, cache: KVCache) -> None:
@@ -311,7 +324,7 @@ def test_fit_inside_with_trains_as_outside() -> None:
     trained = []
     for use_cache in (False, True):
         keras.utils.set_random_seed(7)
-        model = functional()
+        model = functional(blocks=1)
         model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
         x = ids(8, 7).astype("int32")
         if use_cache:
