@@ -71,7 +71,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Block(keras.layers.Layer):
-    """One decoder layer: [N, C] -> [N, C], N = B * T: the tokens of all rows in one list."""
+    """One decoder layer: [N, C] -> [N, C], N = B * T: the tokens of all rows in one list; the last one's results are
+    of the tokens whose logits are wanted.
+    """
 
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
@@ -86,6 +88,9 @@ class Block(keras.layers.Layer):
 
     def call(self, x: Tensor, cos: Tensor, sin: Tensor, length: Any) -> Tensor:
         x = x + self.attend(rms_norm(x, self.norm1, self.config.norm_eps), cos, sin, length)
+        if self.index == self.config.num_layers - 1:  # behind the last attention a prefill needs each row's last token
+            size = self.config.hidden_size
+            x = ops.reshape(select_outputs(ops.reshape(x, (-1, length, size))), (-1, size))
         return x + self.feed_forward(rms_norm(x, self.norm2, self.config.norm_eps))
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor, length: Any) -> Tensor:
@@ -116,14 +121,13 @@ class Llama(keras.Model):
         self.built = True
 
     def call(self, x: Tensor) -> Tensor:
-        length, size = ops.shape(x)[1], self.config.hidden_size
+        (batch, length), size = ops.shape(x), self.config.hidden_size
         h = ops.reshape(embed(x, self.embed), (-1, size))
         cos, sin = rotary(positions(length), self.config.frequencies, h.dtype)
         for block in self.blocks:
             h = block(h, cos, sin, length=length)
-        h = ops.reshape(h, (-1, length, size))
-        h = rms_norm(select_outputs(h), self.norm, self.config.norm_eps)  # a prefill needs each row's last token only
-        return logits(h, self.head)
+        h = rms_norm(h, self.norm, self.config.norm_eps)
+        return logits(ops.reshape(h, (batch, -1, size)), self.head)
 
 
 def load_weights(model: Llama, weights: dict[str, np.ndarray]) -> Llama:

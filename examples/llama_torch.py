@@ -25,8 +25,9 @@ def weight(*shape: int) -> nn.Parameter:
 
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Root-mean-square normalisation over the last axis."""
-    return F.rms_norm(x, scale.shape, scale, eps)
+    """Root-mean-square normalisation over the last axis: `F.rms_norm` in fewer passes, no square is written."""
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return (x * size.square().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)).mul_(scale)
 
 
 def rotary(pos: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -38,12 +39,17 @@ def rotary(pos: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (i, i + D/2) of x [B, H, T, D] by its angle."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos).addcmul_(torch.cat((second, first), -1), sin)
+    half = x.shape[-1] // 2
+    y = x * cos
+    y[..., :half].addcmul_(x[..., half:], sin[..., :half])
+    y[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return y
 
 
 class Block(nn.Module):
-    """One decoder layer: [B, T, C] -> [B, T, C]; inside, the tokens of all rows stand in one list, N = B * T."""
+    """One decoder layer: [B, T, C] -> [B, T, C]; inside, the tokens of all rows stand in one list, N = B * T. The last
+    one's results are of the tokens whose logits are wanted.
+    """
 
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
@@ -59,8 +65,10 @@ class Block(nn.Module):
         batch, length, size = x.shape
         x = x.reshape(batch * length, size)
         x = self.attend(rms_norm(x, self.norm1, self.config.norm_eps), batch, length, cos, sin).add_(x)
+        if self.index == self.config.num_layers - 1:  # behind the last attention a prefill needs each row's last token
+            x = select_outputs(x.view(batch, length, size)).flatten(0, 1)
         x = self.feed_forward(rms_norm(x, self.norm2, self.config.norm_eps)).add_(x)
-        return x.view(batch, length, size)
+        return x.view(batch, -1, size)
 
     def attend(self, x: Tensor, batch: int, length: int, cos: Tensor, sin: Tensor) -> Tensor:
         """Grouped-query attention with rotary positions."""
@@ -94,7 +102,7 @@ class Llama(nn.Module):
         cos, sin = rotary(positions(x.shape[1], device=x.device), self.frequencies, h.dtype)
         for block in self.blocks:
             h = block(h, cos, sin)
-        h = rms_norm(select_outputs(h), self.norm, self.config.norm_eps)  # a prefill needs each row's last token only
+        h = rms_norm(h, self.norm, self.config.norm_eps)
         return linear(h.flatten(0, 1), self.head).view(*h.shape[:2], -1)
 
 

@@ -118,7 +118,8 @@ def causal_conv1d(
 def select_outputs(hidden: Tensor) -> Tensor:
     """Keep only what the step needs before an expensive output layer.
 
-    Put it before the final projection: a prefill then computes logits for each row's last token alone.
+    Put it before the final projection: a prefill then computes logits for each row's last token alone. Behind the last
+    layer's attention it saves that layer's feed-forward part too.
 
     Args:
         hidden: [B, T, ...].

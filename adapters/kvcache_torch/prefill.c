@@ -47,19 +47,24 @@ typedef struct {
 
 /* `n` and `vectors`, wherever they are used, are constants, so that the loops over them are unrolled. */
 
-/* sum[i] = the sum over j < size of a[i * across + j * along] * b[j]. Meanwhile memory is asked for ACROSS * size floats
- * behind `one` and behind `two`, unless they are 0: a little in each turn, because all at once would wait for each other. */
+/* sum[i] = the sum over j < size of a[i * across + j * along] * b[j]. With `ahead`, a constant too, memory is meanwhile
+ * asked for ACROSS * size floats behind `one` and behind `two`: a little in each turn, because all at once would wait for
+ * each other. Four turns are one, because counting them takes the place of arithmetic. */
 static inline __attribute__((always_inline)) void product(const int n, const int vectors, const float *a,
                                                           int64_t across, int64_t along, const queries *b, int64_t size,
-                                                          vec (*sum)[VECTORS], const float *one, const float *two) {
+                                                          vec (*sum)[VECTORS], const int ahead, const float *one,
+                                                          const float *two) {
 #pragma GCC unroll 8
     for (int i = 0; i < n; i++)
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) sum[i][v] = (vec){0};
+#pragma GCC unroll 4
     for (int64_t j = 0; j < size; j++) {
         vec lanes[VECTORS];
-        if (one) __builtin_prefetch(one + ACROSS * j, 0, 2);
-        if (two) __builtin_prefetch(two + ACROSS * j, 0, 2);
+        if (ahead) {
+            __builtin_prefetch(one + ACROSS * j, 0, 2);
+            __builtin_prefetch(two + ACROSS * j, 0, 2);
+        }
 #pragma GCC unroll 3
         for (int v = 0; v < vectors; v++) lanes[v] = b[j].lanes[v];
 #pragma GCC unroll 8
@@ -75,7 +80,7 @@ static inline __attribute__((always_inline)) void scores(const int n, const int 
                                                          const float *values, int64_t width, int64_t value_width,
                                                          const queries *q, queries *score) {
     vec sum[ACROSS][VECTORS];
-    product(n, vectors, keys, width, 1, q, width, sum, keys + TILE * width, values + TILE * value_width);
+    product(n, vectors, keys, width, 1, q, width, sum, 1, keys + TILE * width, values + TILE * value_width);
 #pragma GCC unroll 8
     for (int i = 0; i < n; i++)
 #pragma GCC unroll 3
@@ -87,7 +92,7 @@ static inline __attribute__((always_inline)) void weigh(const int vectors, const
                                                         int64_t width, queries *result, const queries *kept,
                                                         int64_t count) {
     vec sum[ACROSS][VECTORS];
-    product(ACROSS, vectors, values, 1, width, weight, count, sum, 0, 0);
+    product(ACROSS, vectors, values, 1, width, weight, count, sum, 0, 0, 0);
 #pragma GCC unroll 8
     for (int i = 0; i < ACROSS; i++)
 #pragma GCC unroll 3
