@@ -25,7 +25,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What the frameworks' modules made lives to the end: without it a collection takes a tenth of the time."""
+    """What the frameworks' modules made lives to the end. Without it, a collection takes a tenth of the time."""
     gc.collect()
     gc.freeze()
 

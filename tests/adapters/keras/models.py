@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -146,15 +147,15 @@ def as_new(cache: KVCache) -> KVCache:
 
 
 class Small(keras.Model):
-    """A small subclassed decoder: one grouped-query layer and one with a window, learned positions."""
+    """A small subclassed decoder: a grouped-query layer and, of two, one with a window; learned positions."""
 
-    def __init__(self, vocab: int = VOCAB, window: int | None = 5, **kwargs: Any) -> None:
+    def __init__(self, vocab: int = VOCAB, window: int | None = 5, layers: int = 2, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.vocab, self.window = vocab, window
         self.embed = keras.layers.Embedding(vocab, 16)
         self.learned = keras.layers.Embedding(96, 16)
-        self.projections = [keras.layers.Dense(8 * (4 + 2 + 2)) for _ in range(2)]
-        self.outs = [keras.layers.Dense(16) for _ in range(2)]
+        self.projections = [keras.layers.Dense(8 * (4 + 2 + 2)) for _ in range(layers)]
+        self.outs = [keras.layers.Dense(16) for _ in range(layers)]
         self.dropout = keras.layers.Dropout(0.5)
         self.head = keras.layers.Dense(vocab)
 
@@ -194,6 +195,15 @@ def sequential(vocab: int = VOCAB) -> keras.Model:
 def ids(*shape: int, seed: int = 0, vocab: int = VOCAB) -> np.ndarray:
     """Random token ids."""
     return np.random.default_rng(seed).integers(0, vocab, shape)
+
+
+def greedy(model: Any, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """The most likely tokens by whole calls of the model, eager: no graph is traced for them."""
+    rows = [list(prompt) for prompt in prompts]
+    for row in rows:
+        for _ in range(count):
+            row.append(int(np.argmax(model(tensor([row]))[0, -1])))
+    return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
 
 def tensor(values: Any) -> tf.Tensor:

@@ -43,7 +43,8 @@ def test_a_loop_equals_steps_that_are_not_compiled(config, prompts, eos_ids) -> 
     check(config, prompts, [5, 3], eos_ids, None, compiled=True)
 
 
-@pytest.mark.parametrize("stored", ["float16", "int8", "float8_e4m3"])
+# int8 is scaled as float8 is; how it rounds is tested in loops that are not compiled.
+@pytest.mark.parametrize("stored", ["float16", pytest.param("int8", marks=pytest.mark.slow), "float8_e4m3"])
 def test_a_loop_rounds_what_the_store_rounds(stored: str) -> None:
     config = DecoderConfig(windows=(None, 6), heads=4, kv_heads=2, head_size=8)
     check(config, [[1, 2, 3, 4, 5], [6, 7]], [5], set(), stored, compiled=True)

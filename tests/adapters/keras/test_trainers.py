@@ -144,7 +144,7 @@ def test_detached_a_model_lets_go_of_what_it_was_served_by(data):
 
 
 def test_a_token_model_predicted_outside_first_is_served_inside():
-    model = Small()
+    model = Small(layers=1)
     x = np.asarray(tensor(ids(2, 9)))
     expected = model.predict(x, verbose=0)
     cache = KVCache(64, block_size=4)
@@ -173,7 +173,7 @@ def activations_of(cache, x):
 
 
 def tokens_of(cache, x):
-    model = Small()
+    model = Small(layers=1)
     cache.attach(model)
     return model, tensor(ids(2, 9))
 

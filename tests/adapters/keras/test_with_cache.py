@@ -242,7 +242,7 @@ def test_a_graph_that_raises_is_rolled_back_by_the_next_call(plain: Small) -> No
     normal = plain.head.call
 
     def head(x, **_):
-        # Inside the plain: between the host's plan and its commit.
+        # Inside the model: between the host's plan and its commit.
         with tf.control_dependencies([tf.debugging.assert_equal(broken, 0, "broken inside")]):
             return normal(tf.identity(x))
 
