@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcache_core.errors import InvalidInput, InvalidType
+from kvcache_torch.hf import Refused
 
 __all__ = ["Columns", "columns_of", "shifts_of", "waves_of"]
 
@@ -58,7 +59,8 @@ def columns_of(
         past_valid: [B, C].
 
     Raises:
-        InvalidInput, InvalidType: other shapes or types, other rows than before, or a row without a token.
+        InvalidInput, InvalidType: other shapes or types, or other rows than before.
+        Refused: a row without a token, as where a prompt that is computed in chunks begins with padding.
     """
     if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dim() != 2:
         raise InvalidType("the cache needs token ids, an integer tensor [B, T]")
@@ -81,7 +83,8 @@ def columns_of(
             )
         same_past = bool((valid[:, :past] == past_valid).all())
     if not valid.any(axis=1).all():
-        raise InvalidInput("every row needs at least one token that is not padding")
+        row, columns = int(valid.any(axis=1).argmin()), past + width
+        raise Refused(f"every row needs a token that is not padding, and row {row} has none in its first {columns}")
     return Columns(np.concatenate([past_ids, ids], axis=1), valid, width, same_past)
 
 

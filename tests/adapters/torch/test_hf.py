@@ -244,6 +244,20 @@ def test_chunked_prefill_and_streaming(model: Any, cache: KVCache, ids: torch.Te
         assert torch.equal(out, expected)
 
 
+def test_a_first_chunk_that_is_all_padding(model: Any, cache: KVCache, ids: torch.Tensor) -> None:
+    ids, mask = ids.clone(), torch.ones_like(ids)
+    ids[1, :6], mask[1, :6] = 0, 0
+    options = {**GREEDY, "attention_mask": mask, "prefill_chunk_size": 4}
+    expected = model.generate(ids, **options)
+    with cache, pytest.warns(KVCacheWarning, match="row 1 has none in its first 4"):
+        assert torch.equal(model.generate(ids, **options), expected)
+    assert cache.stats().bypassed_calls == 1
+    with pytest.raises(InvalidInput, match="row 1 has none in its first 4"):
+        model.generate(ids, **options, past_key_values=HFCache(cache))
+    cache.core.check_valid()
+    assert cache.stats().open_sequences == 0
+
+
 def test_bfloat16(ids: torch.Tensor) -> None:
     model = decoder("Llama").bfloat16()
     expected = model.generate(ids, **GREEDY)
