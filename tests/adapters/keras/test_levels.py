@@ -105,7 +105,7 @@ def test_one_trace_for_every_tree(monkeypatch: pytest.MonkeyPatch, convs: tuple[
     config = DecoderConfig(windows=(None, 12)[: 1 if convs else 2], heads=4, kv_heads=2, convs=convs)
     backend = KerasBackend(config, make_weights(config), 300)
     system = list(range(9)) * 3
-    rows, texts = [], []
+    rows, texts, answers = [], [], []
     for talk in range(3):
         texts.append([*system, *[talk] * (3 + 5 * talk)])
         rows.append(backend.core.open(texts[-1]))
@@ -118,8 +118,11 @@ def test_one_trace_for_every_tree(monkeypatch: pytest.MonkeyPatch, convs: tuple[
         new = [[(row + step) % 11] for row in chosen]
         logits = backend.step([rows[row] for row in chosen], new)
         for row, tokens, found in zip(chosen, new, logits, strict=True):
+            answers.append((row, len(texts[row]), found))
             texts[row] += tokens
-            np.testing.assert_allclose(found, backend.uncached(texts[row])[-1], atol=2e-5, rtol=2e-5)
+    whole = [backend.uncached(text) for text in texts]
+    for row, at, found in answers:
+        np.testing.assert_allclose(found, whole[row][at], atol=2e-5, rtol=2e-5)
     assert backend.cache.runner.traces == {"prefill": 1, "decode, 2 shared": 1}
     backend.core.check_valid()
 
