@@ -80,7 +80,7 @@ def test_what_the_store_scales_is_scaled(config, prompts, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype: str) -> None:
-    model = Small(dtype=dtype)
+    model = Small(dtype=dtype, layers=1)
     cache = KVCache(size=12, block_size=4)
     cache.attach(model, outputs="last")
     seq = cache.open([1, 2, 3])
