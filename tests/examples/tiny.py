@@ -13,15 +13,15 @@ from smollm2 import Checkpoint, LlamaConfig
 
 
 def tiny_checkpoint(vocab: int = 50) -> Checkpoint:
-    """A random Llama of four layers."""
-    config = LlamaConfig(vocab, 16, 32, 4, 4, 2, 4, 1e4, 1e-5, tied=True, max_positions=128)
+    """A random Llama of two layers."""
+    config = LlamaConfig(vocab, 16, 32, 2, 4, 2, 4, 1e4, 1e-5, tied=True, max_positions=128)
     random = np.random.default_rng(0)
 
     def weight(*shape: int) -> np.ndarray:
         return random.normal(0, 0.3, shape).astype(np.float32)
 
     weights = {"model.embed_tokens.weight": weight(vocab, 16), "model.norm.weight": np.ones(16, np.float32)}
-    for at in (f"model.layers.{layer}." for layer in range(4)):
+    for at in (f"model.layers.{layer}." for layer in range(2)):
         weights |= {at + f"{name}_layernorm.weight": np.ones(16, np.float32) for name in ("input", "post_attention")}
         shapes = {"self_attn.q": (16, 16), "self_attn.k": (8, 16), "self_attn.v": (8, 16), "self_attn.o": (16, 16)}
         shapes |= {"mlp.gate": (32, 16), "mlp.up": (32, 16), "mlp.down": (16, 32)}
