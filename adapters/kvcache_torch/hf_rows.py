@@ -84,7 +84,10 @@ def columns_of(
         same_past = bool((valid[:, :past] == past_valid).all())
     if not valid.any(axis=1).all():
         row, columns = int(valid.any(axis=1).argmin()), past + width
-        raise Refused(f"every row needs a token that is not padding, and row {row} has none in its first {columns}")
+        raise Refused(
+            f"every row needs a token that is not padding, and row {row} has none in its first {columns} columns: pad "
+            "less, or compute larger chunks"
+        )
     return Columns(np.concatenate([past_ids, ids], axis=1), valid, width, same_past)
 
 
