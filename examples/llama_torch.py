@@ -27,7 +27,7 @@ def weight(*shape: int) -> nn.Parameter:
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Root-mean-square normalisation over the last axis: `F.rms_norm` in fewer passes, no square is written."""
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return (x * size.square().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)).mul_(scale)
+    return (x * size.square().div_(x.shape[-1]).add_(eps).rsqrt_()).to(x.dtype).mul_(scale)
 
 
 def rotary(pos: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

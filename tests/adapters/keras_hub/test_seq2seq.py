@@ -116,6 +116,12 @@ def test_generate(family, tried):
     assert cache.stats().live_blocks == 0
     cache.detach()
     assert not any("call" in vars(layer) for layer in model._flatten_layers())
+    again = KVCache(size=64, block_size=4)
+    attach(model, again)
+    np.testing.assert_array_equal(run(model, first), expected[0])
+    assert again.stats().bypassed_calls == 0
+    assert again.stats().miss_tokens > 0
+    again.detach()
     for mode in MODES:
         proven(TABLE, family, mode)
 
