@@ -11,6 +11,7 @@
 #include <string.h>
 
 #define TILE 64
+#define LINE 16 /* floats of a cache line */
 #define QUERIES 8 /* at once */
 #define WIDEST 256
 
@@ -29,20 +30,31 @@
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
+/* A tile that memory is asked for while another is worked on: else it would wait for the arithmetic. */
+typedef struct {
+    const float *keys, *values;
+    int64_t count;
+} tile;
+
+/* Asks for the tokens from number `first` on. */
+static inline void ask(const float *at, int64_t first, int64_t count, int64_t width) {
+    for (int64_t d = first * width; d < count * width; d += LINE) __builtin_prefetch(at + d, 0, 2);
+}
+
 /* `n`, wherever this is used, is a constant, so that every loop over it is unrolled; so, mostly, is `width`. While a
- * tile's scores are computed the next tile of K is asked for, and while it is weighed the next of V: else memory would
- * wait for the arithmetic. */
+ * tile's scores are computed the next tile of K is asked for, and while it is weighed the next of V. */
 static inline __attribute__((always_inline)) void scores(const int n, const float *q, const float *keys,
-                                                         float (*score)[TILE], int64_t count, int64_t width) {
+                                                         float (*score)[TILE], int64_t count, int64_t width,
+                                                         const tile *next) {
     for (int64_t t = 0; t < count; t++) {
-        const float *key = keys + t * width;
+        const float *key = keys + t * width, *ahead = t < next->count ? next->keys + t * width : key;
         vec sum[MOST];
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) sum[i] = (vec){0};
         int64_t d = 0;
         for (; d + LANES <= width; d += LANES) {
             const vec k = *(const vec *)(key + d);
-            __builtin_prefetch(key + TILE * width + d, 0, 2);
+            __builtin_prefetch(ahead + d, 0, 2);
 #pragma GCC unroll 4
             for (int i = 0; i < n; i++) sum[i] += k * *(const vec *)(q + i * width + d);
         }
@@ -54,12 +66,13 @@ static inline __attribute__((always_inline)) void scores(const int n, const floa
             score[i][t] = total;
         }
     }
+    ask(next->keys, count, next->count, width);
 }
 
 /* results[i] = results[i] * kept[i] + score[i] V. */
 static inline __attribute__((always_inline)) void weigh(const int n, float (*score)[TILE], const float *values,
                                                         float **results, const float *kept, int64_t count,
-                                                        int64_t width) {
+                                                        int64_t width, const tile *next) {
     int64_t at = 0;
     for (; at + 4 * LANES <= width; at += 4 * LANES) {
         vec sum[MOST][4];
@@ -67,14 +80,16 @@ static inline __attribute__((always_inline)) void weigh(const int n, float (*sco
         for (int i = 0; i < n; i++)
 #pragma GCC unroll 4
             for (int d = 0; d < 4; d++) sum[i][d] = *(const vec *)(results[i] + at + LANES * d) * kept[i];
-        for (int64_t t = 0; t < count; t++)
+        for (int64_t t = 0; t < count; t++) {
+            const float *value = values + t * width, *ahead = t < next->count ? next->values + t * width : value;
 #pragma GCC unroll 4
             for (int d = 0; d < 4; d++) {
-                const vec v = *(const vec *)(values + t * width + at + LANES * d);
-                __builtin_prefetch(values + (t + TILE) * width + at + LANES * d, 0, 2);
+                const vec v = *(const vec *)(value + at + LANES * d);
+                __builtin_prefetch(ahead + at + LANES * d, 0, 2);
 #pragma GCC unroll 4
                 for (int i = 0; i < n; i++) sum[i][d] += score[i][t] * v;
             }
+        }
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++)
 #pragma GCC unroll 4
@@ -86,14 +101,15 @@ static inline __attribute__((always_inline)) void weigh(const int n, float (*sco
             for (int64_t t = 0; t < count; t++) sum += score[i][t] * values[t * width + d];
             results[i][d] = sum;
         }
+    ask(next->values, count, next->count, width);
 }
 
 /* What a tile adds to n queries' states, see `attend`. */
 static inline __attribute__((always_inline)) void add_tile(const int n, const float *q, const float *keys,
                                                            const float *values, float **state, int64_t count,
-                                                           int64_t width) {
+                                                           int64_t width, const tile *next) {
     float score[MOST][TILE], kept[MOST], *results[MOST];
-    scores(n, q, keys, score, count, width);
+    scores(n, q, keys, score, count, width, next);
     for (int i = 0; i < n; i++) {
         float largest = state[i][0], total = 0.0f;
         for (int64_t t = 0; t < count; t++) largest = score[i][t] > largest ? score[i][t] : largest;
@@ -106,13 +122,13 @@ static inline __attribute__((always_inline)) void add_tile(const int n, const fl
         state[i][1] = state[i][1] * kept[i] + total;
         results[i] = state[i] + 2;
     }
-    weigh(n, score, values, results, kept, count, width);
+    weigh(n, score, values, results, kept, count, width, next);
 }
 
 /* Up to QUERIES scaled queries [queries, width] over one head's K and V [size, width]. state[i]: largest score, sum of
- * the weights, and the weighted sum of V. */
+ * the weights, and the weighted sum of V. `after`: the tile that this thread reads then. */
 static inline __attribute__((always_inline)) void attend(const float *q, const float *k, const float *v, float **state,
-                                                         int64_t queries, int64_t size, int64_t width) {
+                                                         int64_t queries, int64_t size, int64_t width, tile after) {
     for (int64_t i = 0; i < queries; i++) {
         memset(state[i], 0, (width + 2) * sizeof(float));
         state[i][0] = -1e30f;
@@ -120,14 +136,17 @@ static inline __attribute__((always_inline)) void attend(const float *q, const f
     for (int64_t first = 0; first < size; first += TILE) {
         const int64_t count = size - first < TILE ? size - first : TILE;
         const float *keys = k + first * width, *values = v + first * width;
+        const int64_t left = size - first - count;
+        const tile more = {keys + TILE * width, values + TILE * width, left < TILE ? left : TILE};
+        const tile *next = left ? &more : &after;
         for (int64_t i = 0; i < queries; i += MOST) {
             const int64_t some = queries - i < MOST ? queries - i : MOST;
             const float *from = q + i * width;
-            if (some == 1) add_tile(1, from, keys, values, state + i, count, width);
-            if (some == 2) add_tile(2, from, keys, values, state + i, count, width);
+            if (some == 1) add_tile(1, from, keys, values, state + i, count, width, next);
+            if (some == 2) add_tile(2, from, keys, values, state + i, count, width, next);
 #if MOST == 4
-            if (some == 3) add_tile(3, from, keys, values, state + i, count, width);
-            if (some == 4) add_tile(4, from, keys, values, state + i, count, width);
+            if (some == 3) add_tile(3, from, keys, values, state + i, count, width, next);
+            if (some == 4) add_tile(4, from, keys, values, state + i, count, width, next);
 #endif
         }
     }
@@ -135,7 +154,12 @@ static inline __attribute__((always_inline)) void attend(const float *q, const f
 
 /* The same for many queries, which are the lanes of vectors there: in prefill.c. */
 void kvcache_many(const float *q, const float *k, const float *v, float **state, int64_t queries, int64_t size,
-                  int64_t width);
+                  int64_t width, const float *next_keys, const float *next_values, int64_t next_count);
+
+/* Keys and values of a piece, where one head's slots begin at `keys` and `values`. */
+static inline tile first_tile(const int64_t *piece, const float *keys, const float *values, int64_t width) {
+    return (tile){keys + piece[0] * width, values + piece[0] * width, piece[1] < TILE ? piece[1] : TILE};
+}
 
 /* shape: B, H, G, D, pieces. strides: rows and heads of q, k, v; heads of keys, values.
  * pieces [pieces, 4]: first slot, slots, first reader, readers. readers: rows. slots [B]: where new tokens go.
@@ -145,18 +169,30 @@ void kvcache_decode(const float *q, const float *k, const float *v, float *keys,
                     const int64_t *readers, const int64_t *slots, const int64_t *starts, const int64_t *parts,
                     float scale) {
     const int64_t rows = shape[0], heads = shape[1], groups = shape[2], width = shape[3], count = shape[4];
-    const int64_t state = width + 2, per_reader = heads * groups * state;
+    const int64_t state = width + 2, per_reader = heads * groups * state, items = count * heads;
+    int64_t taken = 0; /* of the items, a piece and head each; a thread takes one ahead, to ask for it in time */
 #pragma omp parallel
     {
+        int64_t item = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
+        if (item < items) {
+            const tile first = first_tile(pieces + item / heads * 4, keys + item % heads * strides[6],
+                                          values + item % heads * strides[7], width);
+            ask(first.keys, 0, first.count, width);
+            ask(first.values, 0, first.count, width);
+        }
 #pragma omp for schedule(static)
-        for (int64_t item = 0; item < rows * heads; item++) {
-            const int64_t row = item / heads, head = item % heads;
+        for (int64_t one = 0; one < rows * heads; one++) {
+            const int64_t row = one / heads, head = one % heads;
             const int64_t to = slots[row] * width;
             memcpy(keys + head * strides[6] + to, k + row * strides[2] + head * strides[3], width * sizeof(float));
             memcpy(values + head * strides[7] + to, v + row * strides[4] + head * strides[5], width * sizeof(float));
         }
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < count * heads; item++) {
+        for (int64_t then; item < items; item = then) {
+            then = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
+            tile next = {0, 0, 0};
+            if (then < items)
+                next = first_tile(pieces + then / heads * 4, keys + then % heads * strides[6],
+                                  values + then % heads * strides[7], width);
             const int64_t *piece = pieces + item / heads * 4, head = item % heads, total = piece[3] * groups;
             const float *k_at = keys + head * strides[6] + piece[0] * width;
             const float *v_at = values + head * strides[7] + piece[0] * width;
@@ -172,23 +208,24 @@ void kvcache_decode(const float *q, const float *k, const float *v, float *keys,
                     to[i] = scratch + reader * per_reader + query * state;
                 }
                 if (many)
-                    kvcache_many(scaled, k_at, v_at, to, queries, piece[1], width);
+                    kvcache_many(scaled, k_at, v_at, to, queries, piece[1], width, next.keys, next.values, next.count);
                 else if (width == 64)
-                    attend(scaled, k_at, v_at, to, queries, piece[1], 64);
+                    attend(scaled, k_at, v_at, to, queries, piece[1], 64, next);
                 else if (width == 128)
-                    attend(scaled, k_at, v_at, to, queries, piece[1], 128);
+                    attend(scaled, k_at, v_at, to, queries, piece[1], 128, next);
                 else
-                    attend(scaled, k_at, v_at, to, queries, piece[1], width);
+                    attend(scaled, k_at, v_at, to, queries, piece[1], width, next);
             }
         }
+#pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t item = 0; item < rows * heads * groups; item++) {
-            const int64_t row = item / (heads * groups), query = item % (heads * groups);
+        for (int64_t one = 0; one < rows * heads * groups; one++) {
+            const int64_t row = one / (heads * groups), query = one % (heads * groups);
             const float *mine = scratch + query * state;
-            float *result = out + item * width, largest = -1e30f, total = 0.0f;
+            float *result = out + one * width, largest = -1e30f, total = 0.0f;
             for (int64_t at = starts[row]; at < starts[row + 1]; at++) {
-                const float one = mine[parts[at] * per_reader];
-                largest = one > largest ? one : largest;
+                const float score = mine[parts[at] * per_reader];
+                largest = score > largest ? score : largest;
             }
             for (int64_t d = 0; d < width; d++) result[d] = 0.0f;
             for (int64_t at = starts[row]; at < starts[row + 1]; at++) {

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #define TILE 64
+#define LINE 16 /* floats of a cache line */
 #define WIDEST 256
 #define VECTORS 3 /* of queries, at once */
 
@@ -26,6 +27,7 @@
 #define QUERIES (VECTORS * LANES)
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4 * LANES), may_alias));
+typedef float quarter __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4 * LANES), may_alias));
 
 /* Per query of a block, one to a lane. */
@@ -43,6 +45,7 @@ typedef struct {
 } block;
 
 #define LOWEST -1e30f
+#define NEAREST 12582912.0f /* 1.5 * 2^23: floats of this size are whole numbers */
 #define HIDDEN -3e38f /* a score so far below LOWEST that its weight is nothing even before any other is known */
 
 /* `n` and `vectors`, wherever they are used, are constants, so that the loops over them are unrolled. */
@@ -74,17 +77,24 @@ static inline __attribute__((always_inline)) void product(const int n, const int
     }
 }
 
-/* score[i] = q K_i of n tokens. Meanwhile the next tile of K and V is asked for: else memory would wait for the
- * arithmetic. */
-static inline __attribute__((always_inline)) void scores(const int n, const int vectors, const float *keys,
-                                                         const float *values, int64_t width, int64_t value_width,
+/* A tile that memory is asked for while another is worked on: else it would wait for the arithmetic. */
+typedef struct {
+    const float *keys, *values;
+    int64_t count;
+} tile;
+
+/* score[t + i] = q K_i of n tokens from number `t` on. */
+static inline __attribute__((always_inline)) void scores(const int n, const int vectors, int64_t t, tile now,
+                                                         const tile *next, int64_t width, int64_t value_width,
                                                          const queries *q, queries *score) {
     vec sum[ACROSS][VECTORS];
-    product(n, vectors, keys, width, 1, q, width, sum, 1, keys + TILE * width, values + TILE * value_width);
+    const tile *ahead = t < next->count ? next : &now;
+    product(n, vectors, now.keys + t * width, width, 1, q, width, sum, 1, ahead->keys + t * width,
+            ahead->values + t * value_width);
 #pragma GCC unroll 8
     for (int i = 0; i < n; i++)
 #pragma GCC unroll 3
-        for (int v = 0; v < vectors; v++) score[i].lanes[v] = sum[i][v];
+        for (int v = 0; v < vectors; v++) score[t + i].lanes[v] = sum[i][v];
 }
 
 /* result[d] = result[d] * kept + weight V_d for ACROSS of V's columns. */
@@ -106,19 +116,17 @@ static inline vec larger(vec a, vec b) {
     return result;
 }
 
-/* e^x for x <= 0: 2^(x log2 e) as an exponent and a polynomial on what is left, between -1/2 and 1/2 (of degree 6, the
- * one whose largest relative error is least: 2e-9). Never less than 2^-126. */
+/* e^x for x <= 0: 2^(x log2 e) as an exponent and a polynomial on what is left, between -1/2 and 1/2 (of degree 5, the
+ * one whose largest relative error is least: 9e-8). The sum with NEAREST has the whole number in its last bits. Never
+ * less than 2^-126. */
 static inline vec power(vec x) {
-    const vec y = larger((vec){0} - 126.0f, x * 1.44269504f);
-    const ivec whole = __builtin_convertvector(y - 0.5f, ivec);
-    const vec left = y - __builtin_convertvector(whole, vec);
-    vec p = left * 1.53533619e-4f + 1.33988744e-3f;
-    p = p * left + 9.61843736e-3f;
-    p = p * left + 5.55033247e-2f;
-    p = p * left + 2.40226479e-1f;
-    p = p * left + 6.93147203e-1f;
+    const vec y = larger((vec){0} - 126.0f, x * 1.44269504f), whole = y + NEAREST, left = y - (whole - NEAREST);
+    vec p = left * 1.32647271e-3f + 9.67151286e-3f;
+    p = p * left + 5.55073375e-2f;
+    p = p * left + 2.40222421e-1f;
+    p = p * left + 6.93146978e-1f;
     p = p * left + 1.0f;
-    return (vec)((ivec)p + (whole << 23));
+    return (vec)((ivec)p + ((ivec)whole << 23));
 }
 
 /* Hides from each query what it does not see of `count` tokens from position `first` on. */
@@ -131,21 +139,22 @@ static void hide(const block *b, queries *score, int32_t first, int64_t count) {
         }
 }
 
-/* What `count` tokens from position `first` on, at most TILE, add to a block's state. */
-static inline __attribute__((always_inline)) void add_tile(const int vectors, block *b, const float *keys,
-                                                           const float *values, int64_t width, int64_t value_width,
-                                                           int32_t first, int64_t count, int edge) {
+/* What a tile, from position `first` on, adds to a block's state. */
+static inline __attribute__((always_inline)) void add_tile(const int vectors, block *b, tile now, const tile *next,
+                                                           int64_t width, int64_t value_width, int32_t first, int edge) {
     queries score[TILE], kept;
+    const int64_t count = now.count, last = count - ACROSS;
     int64_t t = 0;
-    for (; t + ACROSS <= count; t += ACROSS)
-        scores(ACROSS, vectors, keys + t * width, values + t * value_width, width, value_width, b->q, score + t);
+    for (; t + ACROSS <= count; t += ACROSS) scores(ACROSS, vectors, t, now, next, width, value_width, b->q, score);
     /* The rest: some tokens once more, the same again. */
-    const int64_t last = count - ACROSS;
     if (t < count && t)
-        scores(ACROSS, vectors, keys + last * width, values + last * value_width, width, value_width, b->q, score + last);
+        scores(ACROSS, vectors, last, now, next, width, value_width, b->q, score);
     else
-        for (; t < count; t++)
-            scores(1, vectors, keys + t * width, values + t * value_width, width, value_width, b->q, score + t);
+        for (; t < count; t++) scores(1, vectors, t, now, next, width, value_width, b->q, score);
+    for (t = count; t < next->count; t++) {
+        for (int64_t d = 0; d < width; d += LINE) __builtin_prefetch(next->keys + t * width + d, 0, 2);
+        for (int64_t d = 0; d < value_width; d += LINE) __builtin_prefetch(next->values + t * value_width + d, 0, 2);
+    }
     if (edge) hide(b, score, first, count);
     vec largest[VECTORS];
 #pragma GCC unroll 3
@@ -165,18 +174,23 @@ static inline __attribute__((always_inline)) void add_tile(const int vectors, bl
         b->total.lanes[v] = b->total.lanes[v] * kept.lanes[v] + total;
     }
     for (int64_t d = 0; d < value_width; d += ACROSS)
-        weigh(vectors, score, values + d, value_width, b->result + d, &kept, count);
+        weigh(vectors, score, now.values + d, value_width, b->result + d, &kept, count);
 }
 
 /* The same for the first `some` queries, in as few vectors as hold them. */
-static void add_tiles(block *b, int64_t some, const float *keys, const float *values, int64_t width,
-                      int64_t value_width, int32_t first, int64_t count, int edge) {
+static void add_tiles(block *b, int64_t some, tile now, const tile *next, int64_t width, int64_t value_width,
+                      int32_t first, int edge) {
     if (some <= LANES)
-        add_tile(1, b, keys, values, width, value_width, first, count, edge);
+        add_tile(1, b, now, next, width, value_width, first, edge);
     else if (some <= 2 * LANES)
-        add_tile(2, b, keys, values, width, value_width, first, count, edge);
+        add_tile(2, b, now, next, width, value_width, first, edge);
     else
-        add_tile(3, b, keys, values, width, value_width, first, count, edge);
+        add_tile(3, b, now, next, width, value_width, first, edge);
+}
+
+/* Of `left` tokens that begin there. */
+static inline tile tile_of(const float *keys, const float *values, int64_t left) {
+    return (tile){keys, values, left < TILE ? left : TILE};
 }
 
 /* What all blocks of queries have in common. Sizes as above; strides of rows, heads and tokens of q, k, v; of heads of
@@ -202,26 +216,60 @@ static void add_extent(const layer *l, block *b, int64_t some, extent run, const
     const int64_t before = run.slot - run.first, last = newest[some - 1];
     const int64_t end = run.first + run.size <= last ? run.first + run.size : last + 1;
     for (int64_t at = run.first <= oldest[0] ? oldest[0] + 1 : run.first; at < end; at += TILE) {
-        const int64_t count = end - at < TILE ? end - at : TILE;
-        const int edge = at <= oldest[some - 1] || at + count > newest[0] + 1; /* not all see all */
         const float *k = keys + (before + at) * l->width, *v = values + (before + at) * l->value_width;
-        add_tiles(b, some, k, v, l->width, l->value_width, at, count, edge);
+        const tile now = tile_of(k, v, end - at);
+        const tile next = tile_of(k + TILE * l->width, v + TILE * l->value_width, end - at - now.count);
+        const int edge = at <= oldest[some - 1] || at + now.count > newest[0] + 1; /* not all see all */
+        add_tiles(b, some, now, &next, l->width, l->value_width, at, edge);
     }
+}
+
+/* to[i][j] = from[j][i] * scale, four by four: by number it would take as long as two tiles. */
+static inline __attribute__((always_inline)) void turn(const float *const from[4], float *const to[4], float scale) {
+    quarter a[4];
+    for (int i = 0; i < 4; i++) a[i] = *(const quarter *)from[i] * scale;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) *(quarter *)to[i] = (quarter){a[0][i], a[1][i], a[2][i], a[3][i]};
+}
+
+/* Queries into lanes: from[lane] are `width` floats. */
+static void to_lanes(const float *const *from, queries *to, int64_t lanes, int64_t width, float scale) {
+    for (int64_t lane = 0; lane < lanes; lane += 4) {
+        const float *const *f = from + lane;
+        int64_t d = 0;
+        for (; d + 4 <= width; d += 4)
+            turn((const float *[]){f[0] + d, f[1] + d, f[2] + d, f[3] + d},
+                 (float *[]){to[d].at + lane, to[d + 1].at + lane, to[d + 2].at + lane, to[d + 3].at + lane}, scale);
+        for (; d < width; d++)
+            for (int i = 0; i < 4; i++) to[d].at[lane + i] = f[i][d] * scale;
+    }
+}
+
+/* And back, the first `some`; `width` is a multiple of 4. */
+static void from_lanes(const queries *from, float *const *to, int64_t some, int64_t width) {
+    for (int64_t lane = 0; lane < some; lane += 4)
+        for (int64_t d = 0; d < width; d += 4) {
+            const queries *f = from + d;
+            float nowhere[4], *t[4];
+            for (int i = 0; i < 4; i++) t[i] = lane + i < some ? to[lane + i] + d : nowhere;
+            turn((const float *[]){f[0].at + lane, f[1].at + lane, f[2].at + lane, f[3].at + lane}, t, 1.0f);
+        }
 }
 
 /* The first `some` lanes: queries of one row and head from number `begin` on, a token's group side by side. The other
  * lanes repeat the last. q: the row's, of the group's first head. */
 static void begin_block(const layer *l, block *b, int64_t begin, int64_t some, int64_t start, int64_t window,
                         const float *q, float scale) {
+    const float *from[QUERIES];
     for (int64_t lane = 0; lane < QUERIES; lane++) {
         const int64_t query = begin + (lane < some ? lane : some - 1), token = query / l->groups;
-        const float *from = q + query % l->groups * l->q[1] + token * l->q[2];
-        for (int64_t d = 0; d < l->width; d++) b->q[d].at[lane] = from[d] * scale;
+        from[lane] = q + query % l->groups * l->q[1] + token * l->q[2];
         b->largest.at[lane] = LOWEST;
         b->total.at[lane] = 0.0f;
         ((int32_t *)&b->newest)[lane] = start + token;
         ((int32_t *)&b->oldest)[lane] = start + token < window ? -1 : start + token - window;
     }
+    to_lanes(from, b->q, QUERIES, l->width, scale);
     memset(b->result, 0, l->value_width * sizeof(queries));
 }
 
@@ -231,35 +279,42 @@ static void end_block(const layer *l, block *b, int64_t begin, int64_t some, flo
         const vec share = 1.0f / b->total.lanes[v];
         for (int64_t d = 0; d < l->value_width; d++) b->result[d].lanes[v] *= share;
     }
+    float *to[QUERIES];
     for (int64_t lane = 0; lane < some; lane++) {
         const int64_t query = begin + lane;
-        float *to = out + (query / l->groups * l->heads * l->groups + query % l->groups) * l->value_width;
-        for (int64_t d = 0; d < l->value_width; d++) to[d] = b->result[d].at[lane];
+        to[lane] = out + (query / l->groups * l->heads * l->groups + query % l->groups) * l->value_width;
     }
+    from_lanes(b->result, to, some, l->value_width);
 }
 
 /* For decode steps: what up to QUERIES scaled queries [some, width] get of one head's K and V [size, width], all of it.
- * width: a multiple of ACROSS. state[i]: largest score, sum of the weights, and the weighted sum of V. */
+ * width: a multiple of ACROSS. state[i]: largest score, sum of the weights, and the weighted sum of V. after: the tile
+ * that is read then. */
 void kvcache_many(const float *q, const float *keys, const float *values, float **state, int64_t some, int64_t size,
-                  int64_t width) {
+                  int64_t width, const float *next_keys, const float *next_values, int64_t next_count) {
     block b;
+    const tile after = {next_keys, next_values, next_count};
     const int64_t lanes = (some + LANES - 1) / LANES * LANES;
+    const float *from[QUERIES];
     for (int64_t lane = 0; lane < lanes; lane++) {
-        const float *from = q + (lane < some ? lane : some - 1) * width;
-        for (int64_t d = 0; d < width; d++) b.q[d].at[lane] = from[d];
+        from[lane] = q + (lane < some ? lane : some - 1) * width;
         b.largest.at[lane] = LOWEST;
         b.total.at[lane] = 0.0f;
     }
+    to_lanes(from, b.q, lanes, width, 1.0f);
     memset(b.result, 0, width * sizeof(queries));
     for (int64_t at = 0; at < size; at += TILE) {
-        const int64_t count = size - at < TILE ? size - at : TILE;
-        add_tiles(&b, some, keys + at * width, values + at * width, width, width, at, count, 0);
+        const float *k = keys + at * width, *v = values + at * width;
+        const tile now = tile_of(k, v, size - at), more = tile_of(k + TILE * width, v + TILE * width, size - at - now.count);
+        add_tiles(&b, some, now, more.count ? &more : &after, width, width, at, 0);
     }
+    float *to[QUERIES];
     for (int64_t lane = 0; lane < some; lane++) {
         state[lane][0] = b.largest.at[lane];
         state[lane][1] = b.total.at[lane];
-        for (int64_t d = 0; d < width; d++) state[lane][2 + d] = b.result[d].at[lane];
+        to[lane] = state[lane] + 2;
     }
+    from_lanes(b.result, to, some, width);
 }
 
 /* extents: what a row's new tokens see, themselves included. slots [B, T]: where new tokens go. window: positions that

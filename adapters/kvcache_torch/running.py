@@ -12,7 +12,7 @@ from kvcache_core.frontend import FrontendCache
 from kvcache_core.plan import StepPlan
 from kvcache_torch.context import local
 from kvcache_torch.driver import Driver, evaluating, float_dtype
-from kvcache_torch.recompute import target_scores, widened
+from kvcache_torch.recompute import most_likely, target_scores, widened
 from kvcache_torch.step import Step
 from kvcache_torch.store import torch_dtype
 
@@ -48,13 +48,13 @@ class ModelSteps(FrontendCache):
         return widened(self._last_logits(plan)).cpu().numpy()
 
     def _run_greedy(self, plan: StepPlan) -> np.ndarray[Any, Any]:
-        return self._last_logits(plan).argmax(dim=-1).cpu().numpy()
+        return most_likely(self._last_logits(plan))
 
     def _run_all(self, plan: StepPlan) -> np.ndarray[Any, Any]:
         return widened(self._all_logits(plan)).cpu().numpy()
 
     def _run_greedy_all(self, plan: StepPlan) -> np.ndarray[Any, Any]:
-        return self._all_logits(plan).argmax(dim=-1).cpu().numpy()
+        return most_likely(self._all_logits(plan))
 
     def _run_top(self, plan: StepPlan, count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         logits = widened(self._last_logits(plan))
@@ -65,8 +65,7 @@ class ModelSteps(FrontendCache):
         self, plan: StepPlan, targets: np.ndarray[Any, Any]
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         logits = widened(self._all_logits(plan))
-        scores, chosen = target_scores(logits, torch.from_numpy(targets).to(logits.device))
-        return scores.cpu().numpy(), chosen.cpu().numpy()
+        return target_scores(logits, torch.from_numpy(targets).to(logits.device))
 
     def _all_logits(self, plan: StepPlan) -> Tensor:
         """[B, T, V] behind every new token."""

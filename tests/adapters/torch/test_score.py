@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvcache_core.sampling import log_softmax
 from kvcache_core.testing_bound import Errors, over_draws
 from kvcache_torch import KVCache, generate, score, stream
+from kvcache_torch.recompute import most_likely
 from tests.adapters.torch.models import RandomDecoder, Small, prompt
 from tests.reference_decoder import decoder_configs, make_weights, run_uncached
 
@@ -93,3 +94,11 @@ def test_sampling_with_drafts_draws_the_same_tokens():
     for seed in range(3):
         options = {"max_new_tokens": 15, "temperature": 0.3, "top_k": 5, "seed": seed}
         assert generate(model, prompts, cache=cache, speculate=5, **options) == generate(model, prompts, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_of_equal_logits_the_first_is_chosen(dtype):
+    rows = [[1, 3, 3], [2, 0, 2]], [[0, 0, 0], [-1, np.nan, 7]]
+    chosen = most_likely(torch.tensor(rows, dtype=dtype))
+    assert chosen.dtype == np.int64
+    assert chosen.tolist() == [[1, 0], [0, 1]]  # what is not a number is the largest
