@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
-import tempfile
 from array import array
 from collections.abc import Sequence
 from functools import cache
@@ -19,12 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcache_core.extents import shared_extents
+from kvcache_torch.build import built
 
 __all__ = ["DecodeReads", "Kernels", "PrefillReads", "active", "load", "use_native"]
 
-_FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC"]
-_SOURCES = {"decode.c": ["-ffast-math"], "linear.c": ["-ffast-math"], "prefill.c": []}
-"""The sources, and what each is compiled with besides."""
 _WIDEST = 256
 """Largest head size, as in the source."""
 _FEWEST = 8
@@ -220,23 +214,4 @@ def use_native() -> bool:
 @cache
 def load() -> Kernels | None:
     """The kernels, or None where they cannot be compiled: then PyTorch's own are used."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None or not torch.backends.openmp.is_available():
-        return None
-    # Compiled for OpenMP but not linked against it: it must use the threads of the runtime that PyTorch has loaded.
-    # Linked without -ffast-math, which would change how the whole process treats denormal numbers.
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "kernels.so"
-        objects = [str(Path(folder) / f"{name}.o") for name in _SOURCES]
-        try:
-            for (name, flags), built in zip(_SOURCES.items(), objects, strict=True):
-                source = str(Path(__file__).with_name(name))
-                _run([compiler, *_FLAGS, *flags, "-c", source, "-o", built])
-            _run([compiler, "-shared", *objects, "-o", str(library), "-lm"])
-            return Kernels(library)
-        except (OSError, subprocess.SubprocessError, AttributeError):
-            return None
-
-
-def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return built(Kernels) if torch.backends.openmp.is_available() else None
