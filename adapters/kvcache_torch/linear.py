@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcache_torch.native import active
+from kvcache_torch.native import active, has_operator
 
 __all__ = ["linear", "pack_weights", "unpack_weights"]
 
@@ -92,7 +92,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         # One row: the compiler makes one loop of this.
         product = (weight * x.reshape(-1)).sum(-1)
         return (product if bias is None else product + bias).reshape(*x.shape[:-1], -1)
-    return torch.ops.kvcache.linear(x, weight, bias)
+    operator = torch.ops.kvcache.linear_few if has_operator() else torch.ops.kvcache.linear
+    return operator(x, weight, bias)
 
 
 def pack_weights(weights: Iterable[Tensor]) -> int:

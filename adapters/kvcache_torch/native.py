@@ -48,6 +48,12 @@ class Kernels:
         self._linear = library.kvcache_linear
         self._linear.restype = None
         self._linear.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3]
+        self._library = library
+
+    def define_operator(self) -> bool:
+        """Define ``kvcache::linear_few``, once per process; False where it could not be compiled."""
+        define = getattr(self._library, "kvcache_define_operator", None)
+        return define is not None and bool(define())
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Weight [out, in] times x [..., in], plus bias: [..., out]; all float32 on the CPU, weight contiguous."""
@@ -196,6 +202,8 @@ class PrefillReads:
 
 _active: list[Kernels] = []
 """The kernels, once :func:`use_native` has found them."""
+_operators: list[str] = []
+"""The operators that they have defined."""
 
 
 def active() -> Kernels | None:
@@ -203,12 +211,25 @@ def active() -> Kernels | None:
     return _active[0] if _active else None
 
 
+def has_operator() -> bool:
+    """Whether there is ``kvcache::linear_few``."""
+    return bool(_operators)
+
+
 def use_native() -> bool:
     """Use the kernels from now on, in this process; False if there are none."""
     kernels = load()
-    if kernels is not None:
-        _active[:] = [kernels]
+    if kernels is not None and not _active:
+        _active.append(kernels)
+        if kernels.define_operator():
+            torch.library.register_fake("kvcache::linear_few", _linear_few)
+            _operators.append("linear_few")
     return kernels is not None
+
+
+def _linear_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What the compiler sees of it."""
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @cache

@@ -22,6 +22,7 @@ def compiled_files(tmp_path, monkeypatch):
     compiler.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) echo "$*" >> {noted};; esac\nexec {real} "$@"\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("CXX", "false")  # the operator takes five times as long: it has a test of its own
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(build, "_SOURCES", {"linear.c": []})
     return lambda: len(noted.read_text().splitlines()) if noted.exists() else 0
@@ -37,6 +38,29 @@ def test_compiled_once(compiled_files, tmp_path):
         assert compiled_files() == 1
     (kept,) = (tmp_path / "cache" / "kvcache").iterdir()
     assert kept.parent.stat().st_mode & 0o077 == 0
+
+
+def test_an_operator_where_there_is_a_compiler_for_it(compiled_files, monkeypatch):
+    assert build.built(has_kernel)
+    assert build.built(lambda path: not hasattr(ctypes.CDLL(str(path)), "kvcache_define_operator"))
+    monkeypatch.delenv("CXX")
+    if (shutil.which("c++") or shutil.which("g++")) is None:
+        pytest.skip("needs a C++ compiler")
+    assert build.built(lambda path: hasattr(ctypes.CDLL(str(path)), "kvcache_define_operator"))
+
+
+def test_without_the_operator_where_it_cannot_be_loaded(compiled_files, monkeypatch):
+    monkeypatch.delenv("CXX")
+
+    def load(path):
+        library = ctypes.CDLL(str(path))
+        if hasattr(library, "kvcache_define_operator"):
+            raise OSError("undefined symbol")
+        return library.kvcache_linear is not None
+
+    for _ in range(2):
+        assert build.built(load)
+        assert compiled_files() == 1
 
 
 def test_compiled_again_for_other_flags(compiled_files, monkeypatch):

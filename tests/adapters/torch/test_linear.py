@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvcache_torch import linear
+from kvcache_torch import linear, native
 from kvcache_torch.linear import _packed, pack_weights, unpack_weights
 
 
@@ -67,3 +67,40 @@ def test_the_kernel_in_c_is_as_exact_as_torch(rows, size, out):
         own = (F.linear(x, weight, bias).double() - exact).abs().max()
         error = (linear(x, weight, bias).double() - exact).abs().max()
         assert error <= 1.5 * own + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+
+
+@pytest.fixture
+def operator():
+    """``kvcache::linear_few``, in use."""
+    if not native.use_native() or not native.has_operator():
+        pytest.skip("needs a C and a C++ compiler")
+    return torch.ops.kvcache.linear_few
+
+
+@pytest.mark.parametrize("rows", [(1,), (2, 4), (9,), (40,)])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_operator_equals_torch(operator, rows, biased, packed):
+    """Also where it hands over: for many rows, and for what is not contiguous."""
+    x, weight, bias = torch.randn(*rows, 24), torch.randn(41, 24), torch.randn(41) if biased else None
+    if packed:
+        pack_weights([weight])
+    expected = F.linear(x, weight, bias)
+    for given in (x, torch.stack((x, x), -1)[..., 0]):
+        torch.testing.assert_close(operator(given, weight, bias), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(operator(x, weight.T.contiguous().T, bias), expected, atol=1e-5, rtol=1e-5)
+    torch.library.opcheck(operator, (x, weight, bias))
+
+
+def test_a_compiled_model_calls_the_operator(operator):
+    called = []
+
+    def compiler(graph, _):
+        called.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x, weight: linear(x, weight) + 1, backend=compiler, fullgraph=True, dynamic=True)
+    x, weight = torch.randn(3, 24), torch.randn(40, 24)
+    torch.testing.assert_close(compiled(x, weight), F.linear(x, weight) + 1, atol=1e-5, rtol=1e-5)
+    assert operator in called or operator.default in called
