@@ -59,7 +59,7 @@ def test_each_package_is_whole_and_typed(wheel: zipfile.ZipFile, root: Path, pac
     expected = {
         f"{package}/{path.relative_to(folder).as_posix()}"
         for path in folder.rglob("*.*")
-        if path.suffix in (".py", ".c")
+        if path.suffix in (".py", ".c", ".cpp")
     }
     shipped = {name for name in wheel.namelist() if name.startswith(f"{package}/")}
     assert f"{package}/__init__.py" in expected
