@@ -156,9 +156,12 @@ static inline __attribute__((always_inline)) void attend(const float *q, const f
 void kvcache_many(const float *q, const float *k, const float *v, float **state, int64_t queries, int64_t size,
                   int64_t width, const float *next_keys, const float *next_values, int64_t next_count);
 
-/* Keys and values of a piece, where one head's slots begin at `keys` and `values`. */
-static inline tile first_tile(const int64_t *piece, const float *keys, const float *values, int64_t width) {
-    return (tile){keys + piece[0] * width, values + piece[0] * width, piece[1] < TILE ? piece[1] : TILE};
+/* The first tile of a piece and head, number `item` of `items`: empty behind the last. strides: as below. */
+static inline tile first_tile(int64_t item, int64_t items, int64_t heads, const int64_t *pieces, const float *keys,
+                              const float *values, const int64_t *strides, int64_t width) {
+    if (item >= items) return (tile){0, 0, 0};
+    const int64_t *piece = pieces + item / heads * 4, head = item % heads, at = piece[0] * width;
+    return (tile){keys + head * strides[6] + at, values + head * strides[7] + at, piece[1] < TILE ? piece[1] : TILE};
 }
 
 /* shape: B, H, G, D, pieces. strides: rows and heads of q, k, v; heads of keys, values.
@@ -174,12 +177,9 @@ void kvcache_decode(const float *q, const float *k, const float *v, float *keys,
 #pragma omp parallel
     {
         int64_t item = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
-        if (item < items) {
-            const tile first = first_tile(pieces + item / heads * 4, keys + item % heads * strides[6],
-                                          values + item % heads * strides[7], width);
-            ask(first.keys, 0, first.count, width);
-            ask(first.values, 0, first.count, width);
-        }
+        const tile begin = first_tile(item, items, heads, pieces, keys, values, strides, width);
+        ask(begin.keys, 0, begin.count, width);
+        ask(begin.values, 0, begin.count, width);
 #pragma omp for schedule(static)
         for (int64_t one = 0; one < rows * heads; one++) {
             const int64_t row = one / heads, head = one % heads;
@@ -189,10 +189,7 @@ void kvcache_decode(const float *q, const float *k, const float *v, float *keys,
         }
         for (int64_t then; item < items; item = then) {
             then = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
-            tile next = {0, 0, 0};
-            if (then < items)
-                next = first_tile(pieces + then / heads * 4, keys + then % heads * strides[6],
-                                  values + then % heads * strides[7], width);
+            const tile next = first_tile(then, items, heads, pieces, keys, values, strides, width);
             const int64_t *piece = pieces + item / heads * 4, head = item % heads, total = piece[3] * groups;
             const float *k_at = keys + head * strides[6] + piece[0] * width;
             const float *v_at = values + head * strides[7] + piece[0] * width;

@@ -128,13 +128,19 @@ def unpack_weights(weights: Iterable[Tensor]) -> None:
 def _fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     kernels, packed = active(), _packed_of(weight)
     few = _FEW if packed is None else _FEW_PACKED
-    if kernels is not None and x.numel() <= few * x.shape[-1] and weight.is_contiguous():
+    if kernels is not None and x.numel() <= few * x.shape[-1] and _fits(x, weight, bias):
         return kernels.linear(x, weight, bias)
     if _MKL_IS_FAST and x.numel() // max(1, x.shape[-1]) not in _ONEDNN_ON_INTEL:
         return F.linear(x, weight, bias)
     values = weight if packed is None else packed.values
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, values, bias, "none", [], None)
     return result
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the shapes are those that the kernel reads: for others PyTorch knows the answer, or the error."""
+    matrix = weight.is_contiguous() and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
+    return matrix and (bias is None or bias.shape == weight.shape[:1])
 
 
 def _packed_of(weight: Tensor) -> _Packed | None:

@@ -1,5 +1,5 @@
-// `kvcache::linear_few`, what `linear.c` does as an operator of PyTorch: in a compiled decode step, which calls it for
-// every linear layer, a call from Python through ctypes would take as long as reading a small weight.
+// `kvcache::linear_few`, what `linear.c` does as an operator of PyTorch: a compiled decode step calls it for every linear
+// layer, and need not go through Python and ctypes each time.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -19,9 +19,10 @@ using Bias = std::optional<at::Tensor>;
 constexpr int64_t kFew = 8;  // rows for which no other way is faster, packed weights or not: see linear.py
 
 at::Tensor linear(const at::Tensor &x, const at::Tensor &weight, const Bias &bias) {
-    const int64_t out = weight.size(0), in = weight.size(1);
+    const int64_t out = weight.size(0), in = weight.size(-1);
     const bool contiguous = x.is_contiguous() && weight.is_contiguous() && (!bias || bias->is_contiguous());
-    if (!contiguous || in == 0 || x.numel() > kFew * in) {
+    const bool fits = weight.dim() == 2 && x.size(-1) == in && (!bias || (bias->dim() == 1 && bias->size(0) == out));
+    if (!contiguous || !fits || in == 0 || x.numel() > kFew * in) {
         static const auto any = c10::Dispatcher::singleton()
                                     .findSchemaOrThrow("kvcache::linear", "")
                                     .typed<at::Tensor(const at::Tensor &, const at::Tensor &, const Bias &)>();

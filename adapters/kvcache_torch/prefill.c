@@ -224,7 +224,7 @@ static void add_extent(const layer *l, block *b, int64_t some, extent run, const
     }
 }
 
-/* to[i][j] = from[j][i] * scale, four by four: by number it would take as long as two tiles. */
+/* to[i][j] = from[j][i] * scale, four by four. */
 static inline __attribute__((always_inline)) void turn(const float *const from[4], float *const to[4], float scale) {
     quarter a[4];
     for (int i = 0; i < 4; i++) a[i] = *(const quarter *)from[i] * scale;

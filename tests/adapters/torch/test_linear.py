@@ -104,3 +104,15 @@ def test_a_compiled_model_calls_the_operator(operator):
     x, weight = torch.randn(3, 24), torch.randn(40, 24)
     torch.testing.assert_close(compiled(x, weight), F.linear(x, weight) + 1, atol=1e-5, rtol=1e-5)
     assert operator in called or operator.default in called
+
+
+@pytest.mark.parametrize("name", ["function", "linear", "linear_few"])
+def test_other_shapes_are_for_pytorch(operator, name):
+    """Its error, or its answer: a kernel that believed them would read past the end."""
+    call = linear if name == "function" else getattr(torch.ops.kvcache, name)
+    weight = torch.randn(5, 16)
+    for x, bias in ((torch.randn(2, 8), None), (torch.randn(2, 32), None), (torch.randn(2, 16), torch.randn(3))):
+        with pytest.raises(RuntimeError):
+            call(x, weight, bias)
+    x, one = torch.randn(2, 16), torch.randn(1)
+    torch.testing.assert_close(call(x, weight, one), F.linear(x, weight, one), atol=1e-5, rtol=1e-5)
